@@ -1,0 +1,291 @@
+//! What a caller asks for, as data: the same JSON goes from Python to the core, into the journal's fingerprint, and to another machine.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::dtype::{Class, Dtype};
+use crate::operand::{Placement, Segment, Source, Substitute, Term};
+use crate::simd::{Level, dispatch};
+use crate::store::map::Pool;
+use crate::store::{Algorithm, Checkpoint, TensorView};
+use crate::stream::{BLOCK, Budget, Control, Grid, pass};
+use crate::vector::VectorFolder;
+use crate::{Error, Result};
+
+/// A tensor of an operand.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ref {
+    /// The operand's number.
+    pub operand: usize,
+    /// The tensor's name in it.
+    pub name: String,
+}
+
+/// See [`Source`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SourcePlan {
+    /// A tensor of a checkpoint.
+    Tensor(Ref),
+    /// Positive minus negative.
+    Difference([Ref; 2]),
+    /// A tensor of a vector folder.
+    Stored(Ref),
+}
+
+/// See [`Segment`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SegmentPlan {
+    /// Where in the output.
+    pub at: u64,
+    /// How many elements.
+    pub length: u64,
+    /// From what.
+    pub source: SourcePlan,
+    /// From where in it.
+    pub start: u64,
+}
+
+/// A control experiment.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", tag = "kind")]
+pub enum ControlPlan {
+    /// Norm-matched noise.
+    Random {
+        /// The seed.
+        seed: u64,
+    },
+    /// The same values elsewhere.
+    Shuffle {
+        /// The seed.
+        seed: u64,
+    },
+}
+
+/// See [`Term`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TermPlan {
+    /// What it is multiplied by.
+    pub coefficient: f64,
+    /// The source, element for element; or `segments`.
+    #[serde(default)]
+    pub source: Option<SourcePlan>,
+    /// The source, by runs.
+    #[serde(default)]
+    pub segments: Option<Vec<SegmentPlan>>,
+    /// A control in its place.
+    #[serde(default)]
+    pub control: Option<ControlPlan>,
+}
+
+/// How to run, as opposed to what: nothing here changes a byte of the output.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Settings {
+    /// Workers at most; 0 for the number of processors.
+    #[serde(default)]
+    pub threads: usize,
+    /// Bytes that the workers may hold together.
+    pub memory_budget: u64,
+    /// Whether files are synced before they get their final names.
+    #[serde(default = "yes")]
+    pub sync: bool,
+    /// Whether to continue an unfinished run.
+    #[serde(default)]
+    pub resume: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Settings {
+    /// Workers at most.
+    pub fn threads(&self) -> usize {
+        match self.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            n => n,
+        }
+    }
+}
+
+/// Something opened that plans refer to by number.
+#[derive(Debug, Clone)]
+pub enum Operand {
+    /// A checkpoint.
+    Checkpoint(Arc<Checkpoint>),
+    /// A vector folder.
+    Vector(Arc<VectorFolder>),
+}
+
+/// The operands of a plan.
+#[derive(Debug, Clone, Copy)]
+pub struct Operands<'a>(pub &'a [Operand]);
+
+impl Operands<'_> {
+    fn operand(&self, r: &Ref) -> Result<&Operand> {
+        self.0.get(r.operand).ok_or_else(|| Error::mismatch(&r.name, format!("the plan names operand {}, there are {}", r.operand, self.0.len())))
+    }
+
+    /// A tensor of a checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if it is not there.
+    pub fn tensor(&self, r: &Ref) -> Result<TensorView> {
+        match self.operand(r)? {
+            Operand::Checkpoint(c) => c.tensor(&r.name),
+            Operand::Vector(v) => Err(Error::mismatch(&r.name, format!("{} is a vector, a checkpoint is needed here", v.path().display()))),
+        }
+    }
+
+    /// A source, with its parts checked against each other.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for tensors that are not there, differ in shape, or hold no floats.
+    pub fn source(&self, plan: &SourcePlan) -> Result<Source> {
+        Ok(match plan {
+            SourcePlan::Tensor(r) => Source::Tensor(float(self.tensor(r)?)?),
+            SourcePlan::Difference([p, n]) => {
+                let (p, n) = (float(self.tensor(p)?)?, float(self.tensor(n)?)?);
+                if p.entry.shape != n.entry.shape {
+                    return Err(Error::mismatch(&p.entry.name, format!(
+                        "the donors' shapes differ: {:?} in {}, {:?} in {}",
+                        p.entry.shape, p.map().path().display(), n.entry.shape, n.map().path().display()
+                    )));
+                }
+                Source::Difference(p, n)
+            }
+            SourcePlan::Stored(r) => match self.operand(r)? {
+                Operand::Vector(v) => Source::Stored(v.tensor(&r.name)?),
+                Operand::Checkpoint(c) => {
+                    return Err(Error::mismatch(&r.name, format!("{} is a checkpoint, a vector is needed here", c.path().display())));
+                }
+            },
+        })
+    }
+
+    /// A term of a tensor with some elements. A random control is left unscaled: [`scale_noise`] measures it.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] if the term does not fit the tensor.
+    pub fn term(&self, plan: &TermPlan, name: &str, elements: u64) -> Result<Term> {
+        let placement = match (&plan.source, &plan.segments) {
+            (Some(source), None) => {
+                let source = self.source(source)?;
+                if source.elements() != elements {
+                    return Err(Error::mismatch(name, format!(
+                        "the vector has {} elements here, the target {elements}; see the vocabulary and layout policies",
+                        source.elements()
+                    )));
+                }
+                Placement::Whole(source)
+            }
+            (None, Some(segments)) => {
+                let mut list = Vec::with_capacity(segments.len());
+                let mut at = 0;
+                for s in segments {
+                    let source = self.source(&s.source)?;
+                    let end = s.at.checked_add(s.length).filter(|&e| s.at >= at && e <= elements);
+                    let from = s.start.checked_add(s.length).filter(|&e| e <= source.elements());
+                    if end.is_none() || from.is_none() {
+                        return Err(Error::mismatch(name, format!(
+                            "segment {}..+{} from {} is out of order or out of range", s.at, s.length, s.start
+                        )));
+                    }
+                    at = s.at + s.length;
+                    list.push(Segment { at: s.at, length: s.length, source, start: s.start });
+                }
+                Placement::Segments(list)
+            }
+            _ => return Err(Error::mismatch(name, "a term has either a source or segments")),
+        };
+        let substitute = plan.control.map(|c| match c {
+            ControlPlan::Random { seed } => Substitute::random(seed, name, 0.0, 0.0),
+            ControlPlan::Shuffle { seed } => Substitute::shuffle(seed, name, elements),
+        });
+        Ok(Term { coefficient: plan.coefficient, placement, substitute })
+    }
+
+    /// Checks the digests of every stored vector among the operands.
+    ///
+    /// # Errors
+    /// [`Error::Damage`] for the first part whose bytes are not those that were written.
+    pub fn verify_vectors(&self, settings: &Settings, control: &Control) -> Result<()> {
+        for operand in self.0 {
+            if let Operand::Vector(v) = operand {
+                crate::inspect::verify_vector(v, settings, control)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn float(tensor: TensorView) -> Result<TensorView> {
+    match tensor.dtype().class() {
+        Class::Float => Ok(tensor),
+        Class::Exact => Err(Error::mismatch(&tensor.entry.name, format!(
+            "is {} in {}; integers and booleans are copied, never added", tensor.dtype(), tensor.map().path().display()
+        ))),
+        Class::Refused => Err(Error::mismatch(&tensor.entry.name, format!(
+            "is {} in {}: codes without meaning until they are multiplied by their scales; dequantise the checkpoint first",
+            tensor.dtype(), tensor.map().path().display()
+        ))),
+    }
+}
+
+/// Measures the vectors that norm-matched noise stands in for, and the noise, and sets the scales. One pass over those vectors.
+///
+/// # Errors
+/// Whatever reading them fails with.
+pub fn scale_noise(
+    terms: &mut [(String, &mut Term, u64, u64)],
+    settings: &Settings,
+    control: &Control,
+) -> Result<()> {
+    let level = Level::current()?;
+    let grid = Grid::new(terms.iter().map(|(_, _, n, _)| *n).collect(), 1);
+    let sums: Vec<std::sync::Mutex<Vec<[f64; 2]>>> =
+        (0..terms.len()).map(|i| vec![[0.0; 2]; grid.tiles_of(i)].into()).collect();
+    let plain: Vec<Term> = terms
+        .iter()
+        .map(|(_, t, _, _)| Term { coefficient: 1.0, placement: t.placement.clone(), substitute: None })
+        .collect();
+    let budget = Budget::share(settings.memory_budget, settings.threads(), BLOCK * 16, BLOCK * 8);
+    pass::run(
+        &grid,
+        budget.threads,
+        control,
+        || (Pool::default(), vec![0f64; BLOCK as usize], vec![0f64; BLOCK as usize]),
+        |tile| plain[tile.tensor].prefetch(tile.elements.clone()),
+        |(pool, v, z), _, tile| {
+            let n = (tile.elements.end - tile.elements.start) as usize;
+            let (name, _, _, seed) = &terms[tile.tensor];
+            plain[tile.tensor].open::<f64>(tile.elements.clone(), pool)?.add(level, &mut v[..n], tile.elements.clone(), true)?;
+            dispatch::normal(level, &mut z[..n], Substitute::generator(*seed, name), tile.elements.start, 1.0);
+            let square = |x: &[f64]| x.chunks(dispatch::MICRO).map(|m| dispatch::dot(level, m, m)).sum::<f64>();
+            let both = [square(&v[..n]), square(&z[..n])];
+            let block = (tile.elements.start / BLOCK) as usize;
+            sums[tile.tensor].lock().unwrap_or_else(std::sync::PoisonError::into_inner)[block] = both;
+            Ok(())
+        },
+    )?;
+    for ((name, term, _, seed), sums) in terms.iter_mut().zip(sums) {
+        let sums = sums.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (v, z) = sums.iter().fold((0.0, 0.0), |(v, z), s| (v + s[0], z + s[1]));
+        term.substitute = Some(Substitute::random(*seed, name, v, z));
+    }
+    Ok(())
+}
+
+/// The format of a name in a plan.
+///
+/// # Errors
+/// [`Error::Mismatch`] if it is unknown.
+pub fn dtype(name: &str, tensor: &str) -> Result<Dtype> {
+    Dtype::parse(name).ok_or_else(|| Error::mismatch(tensor, format!("unknown format {name:?}")))
+}
+
+/// What digests of a plan's inputs are made with.
+pub fn default_algorithm() -> Algorithm {
+    Algorithm::Xxh3
+}

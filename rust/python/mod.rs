@@ -1,0 +1,216 @@
+//! The door: what Python sees. Plans come in as JSON, reports go out as JSON; handles and buffers are classes.
+
+mod classes;
+mod enter;
+mod tensor;
+
+use pyo3::prelude::*;
+
+/// The compiled core of reasonvec. The public API is the Python package around it.
+#[pymodule]
+mod _reasonvec {
+    use std::path::PathBuf;
+
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use super::classes::{Checkpoint, VectorFolder};
+    #[pymodule_export]
+    use super::tensor::Tensor;
+
+    use super::classes::{opened, parse};
+    use super::enter::{enter, fail};
+    use super::tensor::Storage;
+    use crate::merge::linear;
+    use crate::plan::{Operands, Settings, TermPlan};
+    use crate::simd::Level;
+    use crate::store::{Algorithm, FileMap, Pool, TensorView, journal, writer};
+    use crate::{Error, inspect, vector};
+
+    /// The version of the compiled core.
+    #[pyfunction]
+    fn version() -> &'static str {
+        env!("CARGO_PKG_VERSION")
+    }
+
+    /// Whether the core was compiled without optimisation, and is therefore slow.
+    #[pyfunction]
+    fn is_debug_build() -> bool {
+        cfg!(debug_assertions)
+    }
+
+    /// The SIMD levels of this processor, the best last.
+    #[pyfunction]
+    fn simd_levels() -> Vec<&'static str> {
+        Level::available().into_iter().map(Level::name).collect()
+    }
+
+    /// The SIMD level in use: the best, or what REASONVEC_SIMD asks for.
+    #[pyfunction]
+    fn simd_level(py: Python<'_>) -> PyResult<&'static str> {
+        Level::current().map(Level::name).map_err(|e| fail(py, e))
+    }
+
+    /// What an apply plan will read, write and hold, from headers alone.
+    #[pyfunction]
+    #[pyo3(signature = (plan, operands))]
+    fn predict(py: Python<'_>, plan: &str, operands: Vec<Py<PyAny>>) -> PyResult<String> {
+        let plan: linear::ApplyPlan = parse(py, plan)?;
+        let operands = opened(py, &operands)?;
+        let prediction = linear::predict(&plan, Operands(&operands)).map_err(|e| fail(py, e))?;
+        report(py, &prediction)
+    }
+
+    /// Writes the shards of an apply plan. `progress(done, total)` is called with bytes.
+    #[pyfunction]
+    #[pyo3(signature = (plan, operands, progress=None))]
+    fn apply(py: Python<'_>, plan: &str, operands: Vec<Py<PyAny>>, progress: Option<Py<PyAny>>) -> PyResult<String> {
+        let plan: linear::ApplyPlan = parse(py, plan)?;
+        let operands = opened(py, &operands)?;
+        let done = enter(py, progress, |control| linear::apply(&plan, Operands(&operands), control))?;
+        let rows: Vec<_> = done
+            .iter()
+            .map(|d| {
+                let rounding = d.rounding().map(|r| {
+                    serde_json::json!({
+                        "intended": r.intended, "realised": r.realised, "dot": r.dot, "updated": r.updated, "lost": r.lost
+                    })
+                });
+                serde_json::json!({
+                    "name": d.name, "file": d.file, "digest": d.digest, "inputs": d.inputs, "rounding": rounding
+                })
+            })
+            .collect();
+        report(py, &rows)
+    }
+
+    /// Writes a vector folder from an extract plan; its manifest rows.
+    #[pyfunction]
+    #[pyo3(signature = (plan, operands, progress=None))]
+    fn extract(py: Python<'_>, plan: &str, operands: Vec<Py<PyAny>>, progress: Option<Py<PyAny>>) -> PyResult<String> {
+        let plan: vector::extract::ExtractPlan = parse(py, plan)?;
+        let operands = opened(py, &operands)?;
+        let rows = enter(py, progress, |control| vector::extract(&plan, Operands(&operands), control))?;
+        report(py, &rows)
+    }
+
+    /// Norms, products, counts and largest elements of quantities, in one pass.
+    #[pyfunction]
+    #[pyo3(signature = (plan, operands, progress=None))]
+    fn measure(py: Python<'_>, plan: &str, operands: Vec<Py<PyAny>>, progress: Option<Py<PyAny>>) -> PyResult<String> {
+        let plan: inspect::MeasurePlan = parse(py, plan)?;
+        let operands = opened(py, &operands)?;
+        let rows = enter(py, progress, |control| inspect::measure(&plan, Operands(&operands), control))?;
+        report(py, &rows)
+    }
+
+    /// Elements `start..stop` of a sum of terms, as F32.
+    #[pyfunction]
+    #[pyo3(signature = (terms, name, elements, start, stop, operands))]
+    fn values(
+        py: Python<'_>,
+        terms: &str,
+        name: &str,
+        elements: u64,
+        start: u64,
+        stop: u64,
+        operands: Vec<Py<PyAny>>,
+    ) -> PyResult<Tensor> {
+        let terms: Vec<TermPlan> = parse(py, terms)?;
+        let operands = opened(py, &operands)?;
+        let values = enter(py, None, |_| inspect::values(&terms, name, elements, start..stop, Operands(&operands)))?;
+        let shape = vec![values.len() as u64];
+        Ok(Tensor::new(Storage::Owned(values), 0, crate::dtype::Dtype::F32, shape))
+    }
+
+    /// Exact counts of the elements that differ between two checkpoints.
+    #[pyfunction]
+    #[pyo3(signature = (a, b, names, settings, progress=None))]
+    fn diff(
+        py: Python<'_>,
+        a: PyRef<'_, Checkpoint>,
+        b: PyRef<'_, Checkpoint>,
+        names: Vec<String>,
+        settings: &str,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<String> {
+        let settings: Settings = parse(py, settings)?;
+        let (a, b) = (a.inner(), b.inner());
+        let rows = enter(py, progress, |control| inspect::diff(&a, &b, &names, &settings, control))?;
+        report(py, &rows)
+    }
+
+    /// The digests of some tensors of a checkpoint.
+    #[pyfunction]
+    #[pyo3(signature = (checkpoint, names, algorithm, settings, progress=None))]
+    fn digest_tensors(
+        py: Python<'_>,
+        checkpoint: PyRef<'_, Checkpoint>,
+        names: Vec<String>,
+        algorithm: &str,
+        settings: &str,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Vec<Option<String>>> {
+        let settings: Settings = parse(py, settings)?;
+        let algorithm = parse_algorithm(py, algorithm)?;
+        let checkpoint = checkpoint.inner();
+        enter(py, progress, |control| {
+            let views: Vec<TensorView> = names.iter().map(|n| checkpoint.tensor(n)).collect::<crate::Result<_>>()?;
+            inspect::digests(&views.iter().collect::<Vec<_>>(), algorithm, &settings, control)
+        })
+    }
+
+    /// The digest of any file, as if it were a tensor of bytes.
+    #[pyfunction]
+    #[pyo3(signature = (path, algorithm))]
+    fn digest_file(py: Python<'_>, path: PathBuf, algorithm: &str) -> PyResult<Option<String>> {
+        let algorithm = parse_algorithm(py, algorithm)?;
+        enter(py, None, |_| {
+            let map = std::sync::Arc::new(FileMap::open(&path)?);
+            let whole = TensorView::at(&map, "", crate::dtype::Dtype::U8, 0, map.len());
+            algorithm.digest_tensor(&whole, &Pool::default())
+        })
+    }
+
+    /// Checks every stored part of a vector folder against its manifest's digests.
+    #[pyfunction]
+    #[pyo3(signature = (vector, settings, progress=None))]
+    fn verify_vector(
+        py: Python<'_>,
+        vector: PyRef<'_, VectorFolder>,
+        settings: &str,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<()> {
+        let settings: Settings = parse(py, settings)?;
+        let vector = vector.inner();
+        enter(py, progress, |control| inspect::verify_vector(&vector, &settings, control))
+    }
+
+    /// Writes a small file whole or not at all: beside its name, synced, renamed.
+    #[pyfunction]
+    #[pyo3(signature = (path, content, sync=true))]
+    fn write_whole(py: Python<'_>, path: PathBuf, content: &[u8], sync: bool) -> PyResult<()> {
+        writer::write_whole(&path, content, sync).map_err(|e| fail(py, e))
+    }
+
+    /// Copies a file whole or not at all, inside the kernel where it can.
+    #[pyfunction]
+    #[pyo3(signature = (source, destination, sync=true))]
+    fn copy_whole(py: Python<'_>, source: PathBuf, destination: PathBuf, sync: bool) -> PyResult<()> {
+        enter(py, None, |_| writer::copy_whole(&source, &destination, sync))
+    }
+
+    /// The name of the journal that an unfinished run leaves in its output folder.
+    #[pyfunction]
+    fn journal_name() -> &'static str {
+        journal::NAME
+    }
+
+    fn parse_algorithm(py: Python<'_>, name: &str) -> PyResult<Algorithm> {
+        parse(py, &serde_json::Value::from(name).to_string())
+    }
+
+    fn report(py: Python<'_>, value: &impl serde::Serialize) -> PyResult<String> {
+        serde_json::to_string(value).map_err(|e| fail(py, Error::Usage(e.to_string())))
+    }
+}

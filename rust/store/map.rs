@@ -1,0 +1,264 @@
+//! Read-only windows over a file.
+//!
+//! Where the system can populate a mapping and report failure as an error (Linux 5.14 and later), a window is a slice of one mapping of the file: no
+//! copy, no anonymous memory, and the pages are released when the window is dropped. Elsewhere a window is a positioned read into a
+//! buffer of the worker's [`Pool`]. `REASONVEC_IO=read` asks for the second way.
+//!
+//! A mapping is touched only inside a window that was populated just before, because touching a page that a truncated
+//! file no longer has, or that the disk cannot read, is a signal that kills the process; populating it is an `errno`.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::ops::{Deref, Range};
+use std::path::{Path, PathBuf};
+
+use crate::{Error, Result};
+
+/// A file opened for reading, and perhaps mapped.
+#[derive(Debug)]
+pub struct FileMap {
+    path: PathBuf,
+    file: File,
+    len: u64,
+    #[cfg(target_os = "linux")]
+    map: Option<memmap2::Mmap>,
+}
+
+/// Buffers that windows borrow where there is no mapping; one pool a worker.
+#[derive(Debug, Default)]
+pub struct Pool(RefCell<Vec<Vec<u8>>>);
+
+/// Some bytes of a file, valid until dropped.
+#[derive(Debug)]
+pub struct Window<'a>(Held<'a>);
+
+#[derive(Debug)]
+enum Held<'a> {
+    #[cfg(target_os = "linux")]
+    Mapped { bytes: &'a [u8], owner: &'a FileMap, start: u64 },
+    Read { bytes: Vec<u8>, pool: &'a Pool },
+}
+
+impl FileMap {
+    /// Opens a regular file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be opened, [`Error::Format`] if it is not a regular file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|e| Error::io(path, "open", e))?;
+        let meta = file.metadata().map_err(|e| Error::io(path, "inspect", e))?;
+        if !meta.is_file() {
+            return Err(Error::format(path, "expected a regular file"));
+        }
+        let len = meta.len();
+        #[cfg(target_os = "linux")]
+        let map = map_if_populatable(&file, len);
+        Ok(Self {
+            path: path.to_path_buf(),
+            file,
+            len,
+            #[cfg(target_os = "linux")]
+            map,
+        })
+    }
+
+    /// The file's path, as it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its length when it was opened, in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether it had no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The open file, for `copy_file_range`.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Whether windows take memory of the pool.
+    pub fn windows_are_read(&self) -> bool {
+        #[cfg(target_os = "linux")]
+        {
+            self.map.is_none()
+        }
+        #[cfg(not(target_os = "linux"))]
+        {
+            true
+        }
+    }
+
+    /// Fills a buffer from an offset.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for a read error or a file that became shorter.
+    pub fn read_at(&self, into: &mut [u8], offset: u64) -> Result<()> {
+        read_exact_at(&self.file, into, offset).map_err(|e| self.explain(e))
+    }
+
+    fn explain(&self, e: std::io::Error) -> Error {
+        if e.kind() == std::io::ErrorKind::UnexpectedEof {
+            let now = self.file.metadata().map_or(0, |m| m.len());
+            let found = format!(
+                "the file was {} bytes when it was opened and is {now} now: another process is changing it; run again when it is whole",
+                self.len
+            );
+            return Error::io(&self.path, "read", std::io::Error::new(e.kind(), found));
+        }
+        Error::io(&self.path, "read", e)
+    }
+
+    /// A window over some bytes, present in memory.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the bytes cannot be read, or are no longer there.
+    pub fn window<'a>(&'a self, range: Range<u64>, pool: &'a Pool) -> Result<Window<'a>> {
+        debug_assert!(range.start <= range.end && range.end <= self.len);
+        #[cfg(target_os = "linux")]
+        if let Some(map) = &self.map {
+            let (start, len) = (range.start as usize, (range.end - range.start) as usize);
+            if len > 0 {
+                if let Err(e) = map.advise_range(memmap2::Advice::PopulateRead, start, len) {
+                    return Err(self.explain_populate(e, range));
+                }
+            }
+            let bytes = &map[start..start + len];
+            return Ok(Window(Held::Mapped { bytes, owner: self, start: range.start }));
+        }
+        let mut bytes = pool.take((range.end - range.start) as usize);
+        self.read_at(&mut bytes, range.start)?;
+        Ok(Window(Held::Read { bytes, pool }))
+    }
+
+    /// Asks the system to start reading some bytes, without waiting.
+    pub fn prefetch(&self, range: Range<u64>) {
+        #[cfg(target_os = "linux")]
+        if range.start < range.end && range.end <= self.len {
+            let length = std::num::NonZeroU64::new(range.end - range.start);
+            // Only a hint: what it could not start is read when the window is opened.
+            let _ = rustix::fs::fadvise(&self.file, range.start, length, rustix::fs::Advice::WillNeed);
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = range;
+    }
+
+    #[cfg(target_os = "linux")]
+    fn explain_populate(&self, e: std::io::Error, range: Range<u64>) -> Error {
+        // The populate call only says EFAULT; a plain read of the same bytes names the reason.
+        let mut byte = vec![0u8; 4096];
+        let mut at = range.start;
+        while at < range.end {
+            let n = (range.end - at).min(4096) as usize;
+            if let Err(e) = self.read_at(&mut byte[..n], at) {
+                return e;
+            }
+            at += n as u64;
+        }
+        Error::io(&self.path, "read", e)
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[allow(unsafe_code)]
+fn map_if_populatable(file: &File, len: u64) -> Option<memmap2::Mmap> {
+    if len == 0 || std::env::var("REASONVEC_IO").is_ok_and(|v| v == "read") {
+        return None;
+    }
+    // SAFETY: the mapping is private to this type, read only inside windows that were populated, and every value in it is treated as
+    // untrusted bytes, so a file that changes underneath can give wrong numbers (which the digests show) but no invalid value.
+    let map = unsafe { memmap2::Mmap::map(file) }.ok()?;
+    map.advise_range(memmap2::Advice::PopulateRead, 0, 1).ok()?;
+    Some(map)
+}
+
+#[cfg(unix)]
+fn read_exact_at(file: &File, into: &mut [u8], offset: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, into, offset)
+}
+
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut into: &mut [u8], mut offset: u64) -> std::io::Result<()> {
+    use std::os::windows::fs::FileExt;
+    while !into.is_empty() {
+        match file.seek_read(into, offset)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            n => {
+                into = &mut into[n..];
+                offset += n as u64;
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Pool {
+    fn take(&self, len: usize) -> Vec<u8> {
+        let mut bytes = self.0.borrow_mut().pop().unwrap_or_default();
+        bytes.resize(len, 0);
+        bytes
+    }
+}
+
+impl Deref for Window<'_> {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match &self.0 {
+            #[cfg(target_os = "linux")]
+            Held::Mapped { bytes, .. } => bytes,
+            Held::Read { bytes, .. } => bytes,
+        }
+    }
+}
+
+impl Drop for Window<'_> {
+    fn drop(&mut self) {
+        match &mut self.0 {
+            #[cfg(target_os = "linux")]
+            Held::Mapped { bytes, owner, start } => owner.release(*start, bytes.len()),
+            Held::Read { bytes, pool } => pool.0.borrow_mut().push(std::mem::take(bytes)),
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl FileMap {
+    /// Gives back the whole pages of a range; the ones at its ends may belong to a neighbour's window too.
+    #[allow(unsafe_code)]
+    fn release(&self, start: u64, len: usize) {
+        let page = rustix::param::page_size();
+        let first = (start as usize).next_multiple_of(page);
+        let last = (start as usize + len) / page * page;
+        if let Some(map) = &self.map {
+            if first < last {
+                // SAFETY: the mapping is read-only and backed by a file, so dropping clean pages loses nothing: the next touch reads them again.
+                let _ = unsafe {
+                    map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, last - first)
+                };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn a_truncated_file_is_an_error_and_not_a_signal() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&vec![7u8; 1 << 20]).unwrap();
+        let map = FileMap::open(file.path()).unwrap();
+        let pool = Pool::default();
+        assert!(map.window(0..1 << 20, &pool).unwrap().iter().all(|&b| b == 7));
+        file.as_file().set_len(4096).unwrap();
+        let error = map.window(1 << 19..1 << 20, &pool).unwrap_err().to_string();
+        assert!(error.contains("was 1048576 bytes when it was opened and is 4096 now"), "{error}");
+    }
+}

@@ -1,0 +1,12 @@
+//! Bytes on disk: read-only windows, headers, checkpoints; pre-laid-out writers, journals and digests.
+
+pub mod checkpoint;
+pub mod digest;
+pub mod header;
+pub mod journal;
+pub mod map;
+pub mod writer;
+
+pub use checkpoint::{Checkpoint, TensorView};
+pub use digest::Algorithm;
+pub use map::{FileMap, Pool, Window};

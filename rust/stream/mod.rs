@@ -1,0 +1,9 @@
+//! One pass over a fixed grid, inside a fixed budget.
+
+pub mod budget;
+pub mod pass;
+pub mod tile;
+
+pub use budget::Budget;
+pub use pass::{Control, Turn};
+pub use tile::{BLOCK, Grid, Tile};

@@ -1,0 +1,245 @@
+//! Choosing an encoding, and turning a block of differences into it.
+
+use crate::bf16::Work;
+use crate::simd::Level;
+use crate::simd::dispatch;
+
+use super::sparse::{ESCAPE_BF16, ESCAPE_CODE};
+
+/// Elements that the choice looks at: tensors up to this size are looked at whole.
+pub const SAMPLE: u64 = 1 << 18;
+
+/// What the caller asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Choice {
+    /// The fewest bytes.
+    Auto,
+    /// Every element.
+    Dense,
+    /// Bitmap and values.
+    Sparse,
+}
+
+/// How the values of a tensor are written.
+#[derive(Debug, Clone)]
+pub enum Codec {
+    /// Every element, in the work type; narrowed to bf16 in the end if every one is exact in it.
+    Dense,
+    /// Codes into a palette.
+    Palette(Box<Palette>),
+    /// bf16 with escapes.
+    Bf16,
+    /// The work type.
+    Plain,
+}
+
+/// Up to 255 values, and the code of each bf16.
+#[derive(Debug, Clone)]
+pub struct Palette {
+    /// The values, most frequent first.
+    pub values: Vec<f32>,
+    codes: Vec<u8>,
+}
+
+/// What a sample of a tensor shows.
+#[derive(Debug)]
+pub struct Sample {
+    seen: u64,
+    moved: u64,
+    /// Of those, how many are exact in bf16.
+    short: u64,
+    /// How often each bf16 value occurs.
+    counts: Vec<u32>,
+}
+
+impl Default for Sample {
+    fn default() -> Self {
+        Self { seen: 0, moved: 0, short: 0, counts: vec![0; 1 << 16] }
+    }
+}
+
+/// The upper half of a float's bits, if the lower half is empty: its bf16.
+#[inline(always)]
+fn short_bits(v: f32) -> Option<u16> {
+    let bits = v.to_bits();
+    (bits & 0xFFFF == 0 && v.is_finite()).then_some((bits >> 16) as u16)
+}
+
+impl Sample {
+    /// Looks at some differences.
+    pub fn look<W: Work>(&mut self, u: &[W]) {
+        self.seen += u.len() as u64;
+        for v in u.iter().filter(|v| **v != W::ZERO) {
+            self.moved += 1;
+            if let Some(bits) = short_bits(v.to_f64() as f32) {
+                self.short += 1;
+                self.counts[usize::from(bits)] += 1;
+            }
+        }
+    }
+
+    /// The codec with the fewest bytes among those that the caller allows.
+    pub fn choose(self, choice: Choice, double: bool) -> Codec {
+        let (seen, moved) = (self.seen.max(1) as f64, self.moved as f64);
+        let work = if double { 8.0 } else { 4.0 };
+        if double {
+            let sparse = seen / 8.0 + moved * work;
+            let dense = choice == Choice::Dense || (choice == Choice::Auto && seen * work <= sparse);
+            return if dense { Codec::Dense } else { Codec::Plain };
+        }
+        let palette = Palette::of(&self.counts);
+        let coded: u64 = palette.codes.iter().zip(&self.counts).filter(|(c, _)| **c != ESCAPE_CODE).map(|(_, n)| u64::from(*n)).sum();
+        let dense = seen * if self.short == self.moved { 2.0 } else { work };
+        let bitmap = seen / 8.0;
+        let costs = [
+            bitmap + moved + 4.0 * (moved - coded as f64) + 4.0 * palette.values.len() as f64,
+            bitmap + 2.0 * moved + 4.0 * (moved - self.short as f64),
+            bitmap + 4.0 * moved,
+        ];
+        let least = costs.iter().copied().fold(f64::INFINITY, f64::min);
+        match choice {
+            Choice::Dense => Codec::Dense,
+            Choice::Auto if dense <= least => Codec::Dense,
+            _ if costs[0] == least => Codec::Palette(Box::new(palette)),
+            _ if costs[1] == least => Codec::Bf16,
+            _ => Codec::Plain,
+        }
+    }
+}
+
+impl Palette {
+    /// The 255 most frequent values; among equals the smaller bits.
+    fn of(counts: &[u32]) -> Self {
+        let mut seen: Vec<u16> = (0..=u16::MAX).filter(|&b| counts[usize::from(b)] > 0).collect();
+        seen.sort_by_key(|&b| (std::cmp::Reverse(counts[usize::from(b)]), b));
+        seen.truncate(usize::from(ESCAPE_CODE));
+        let mut codes = vec![ESCAPE_CODE; 1 << 16];
+        for (code, &bits) in seen.iter().enumerate() {
+            codes[usize::from(bits)] = code as u8;
+        }
+        Self { values: seen.iter().map(|&b| f32::from_bits(u32::from(b) << 16)).collect(), codes }
+    }
+}
+
+/// A tile, encoded.
+#[derive(Debug, Default)]
+pub struct Packed {
+    /// One bit per element, in whole 64-bit words.
+    pub bitmap: Vec<u8>,
+    /// Values, as the codec writes them.
+    pub values: Vec<u8>,
+    /// Escapes, F32.
+    pub escapes: Vec<u8>,
+    /// Positions of corrections in their blocks, U32.
+    pub wide_at: Vec<u8>,
+    /// Corrections, F64.
+    pub wide_lo: Vec<u8>,
+    /// Values, escapes and corrections of each block.
+    pub counts: Vec<[u64; 3]>,
+    /// Sum of squares of each block.
+    pub squares: Vec<f64>,
+    /// Non-zero differences.
+    pub moved: u64,
+    /// The largest, and where.
+    pub max: f64,
+    /// Its first position.
+    pub max_at: Option<u64>,
+    /// Elements that even a correction does not give back.
+    pub inexact: u64,
+    /// Whether some value is not exact in bf16.
+    pub long: bool,
+}
+
+impl Packed {
+    /// Empties it, keeping its memory.
+    pub fn clear(&mut self) {
+        for v in [&mut self.bitmap, &mut self.values, &mut self.escapes, &mut self.wide_at, &mut self.wide_lo] {
+            v.clear();
+        }
+        self.counts.clear();
+        self.squares.clear();
+        (self.moved, self.max, self.max_at, self.inexact, self.long) = (0, 0.0, None, 0, false);
+    }
+
+    /// Writes the values of at most MICRO differences. `bits` is scratch for their bitmap; the number that moved.
+    pub fn pack<W: Work>(&mut self, level: Level, codec: &Codec, u: &[W], bits: &mut [u8]) -> u64 {
+        let bytes = u.len().div_ceil(8);
+        let moved = dispatch::bitmap(level, &mut bits[..bytes], u);
+        let single = |v: W| v.to_f64() as f32;
+        match codec {
+            Codec::Dense => {
+                let double = size_of::<W>() == 8;
+                for &v in u {
+                    if double {
+                        self.values.extend_from_slice(&v.to_f64().to_le_bytes());
+                    } else {
+                        self.long |= v != W::ZERO && short_bits(single(v)).is_none();
+                        self.values.extend_from_slice(&single(v).to_le_bytes());
+                    }
+                }
+                return moved;
+            }
+            Codec::Palette(palette) => each_set(&bits[..bytes], |i| {
+                let v = single(u[i]);
+                let code = short_bits(v).map_or(ESCAPE_CODE, |b| palette.codes[usize::from(b)]);
+                self.values.push(code);
+                if code == ESCAPE_CODE {
+                    self.escapes.extend_from_slice(&v.to_le_bytes());
+                }
+            }),
+            Codec::Bf16 => each_set(&bits[..bytes], |i| {
+                let v = single(u[i]);
+                let short = short_bits(v);
+                self.values.extend_from_slice(&short.unwrap_or(ESCAPE_BF16).to_le_bytes());
+                if short.is_none() {
+                    self.escapes.extend_from_slice(&v.to_le_bytes());
+                }
+            }),
+            Codec::Plain => each_set(&bits[..bytes], |i| {
+                if size_of::<W>() == 8 {
+                    self.values.extend_from_slice(&u[i].to_f64().to_le_bytes());
+                } else {
+                    self.values.extend_from_slice(&single(u[i]).to_le_bytes());
+                }
+            }),
+        }
+        self.bitmap.extend_from_slice(&bits[..bytes]);
+        moved
+    }
+
+    /// Pads the bitmap to whole words, after the last micro of a tile.
+    pub fn pad_bitmap(&mut self) {
+        self.bitmap.resize(self.bitmap.len().next_multiple_of(8), 0);
+    }
+}
+
+#[inline(always)]
+fn each_set(bits: &[u8], mut f: impl FnMut(usize)) {
+    for (w, chunk) in bits.chunks(8).enumerate() {
+        let mut bytes = [0u8; 8];
+        bytes[..chunk.len()].copy_from_slice(chunk);
+        let mut word = u64::from_le_bytes(bytes);
+        while word != 0 {
+            f(w * 64 + word.trailing_zeros() as usize);
+            word &= word - 1;
+        }
+    }
+}
+
+impl Codec {
+    /// Bytes of one value.
+    pub fn value_size(&self, double: bool) -> u64 {
+        match self {
+            Self::Palette(_) => 1,
+            Self::Bf16 => 2,
+            Self::Dense | Self::Plain => {
+                if double {
+                    8
+                } else {
+                    4
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,411 @@
+//! Making a vector folder: one pass over the donors, encoded, checked element by element, and written in order.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+use super::assembly::{Assembly, Tensor};
+use super::encode::{Choice, Codec, Packed, SAMPLE, Sample};
+use super::format::{CONFIG, Encoding, Row, VERSION};
+use super::wide::correction;
+use crate::bf16::{Element, Work};
+use crate::dtype::Dtype;
+use crate::operand::{Placement, Reader, Source, Term, first_nonfinite};
+use crate::plan::{Operands, Ref, Settings, TermPlan, dtype};
+use crate::simd::Level;
+use crate::simd::dispatch::{self, MICRO, with_element};
+use crate::store::map::Pool;
+use crate::store::writer::write_whole;
+use crate::store::{Algorithm, TensorView};
+use crate::stream::{BLOCK, Budget, Control, Grid, Tile, Turn, pass};
+use crate::{Error, Result};
+
+/// A vector to write.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ExtractPlan {
+    /// The folder. It exists.
+    pub out: PathBuf,
+    /// The digest of what is stored.
+    #[serde(default = "crate::plan::default_algorithm")]
+    pub digest: Algorithm,
+    /// Which encodings are allowed.
+    pub encoding: Choice,
+    /// Bytes after which a file is full.
+    pub shard_bytes: u64,
+    /// Whether NaN and infinity may pass.
+    #[serde(default)]
+    pub allow_nonfinite: bool,
+    /// The tensors.
+    pub tensors: Vec<ExtractTensor>,
+    /// What else the manifest says; its own keys come first.
+    #[serde(default)]
+    pub config: serde_json::Map<String, serde_json::Value>,
+    /// How to run.
+    #[serde(flatten)]
+    pub settings: Settings,
+}
+
+/// One tensor of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ExtractTensor {
+    /// Its name.
+    pub name: String,
+    /// The donors' format: what a rebuilt tensor has.
+    pub dtype: String,
+    /// Its shape.
+    pub shape: Vec<u64>,
+    /// Its value. When it is the plain difference of two tensors, the rebuild is checked.
+    #[serde(default)]
+    pub terms: Vec<TermPlan>,
+    /// Tensors that must be equal, for integers and booleans: the vector is zero there.
+    #[serde(default)]
+    pub equal: Vec<Ref>,
+}
+
+struct Job {
+    name: String,
+    shape: Vec<u64>,
+    dtype: Dtype,
+    elements: u64,
+    terms: Vec<Term>,
+    equal: Vec<TensorView>,
+    double: bool,
+    rebuild: bool,
+    codec: OnceLock<Codec>,
+}
+
+impl Job {
+    fn row(&self) -> Row {
+        Row {
+            name: self.name.clone(),
+            shape: self.shape.clone(),
+            dtype: self.dtype.name().into(),
+            encoding: Encoding::Zero,
+            elements: self.elements,
+            moved: 0,
+            norm: Some(0.0),
+            max: Some(0.0),
+            max_at: None,
+            inexact: 0,
+            wide: 0,
+            bytes: 0,
+            parts: Default::default(),
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        let sources = self.terms.iter().flat_map(Term::sources);
+        sources.map(|s| s.stored_bytes() + s.tensors().iter().map(|t| t.entry.end - t.entry.begin).sum::<u64>()).sum::<u64>()
+            + self.equal.iter().map(|t| t.entry.end - t.entry.begin).sum::<u64>()
+    }
+}
+
+fn prepare(plan: &ExtractPlan, operands: Operands<'_>) -> Result<Vec<Job>> {
+    let mut jobs = Vec::with_capacity(plan.tensors.len());
+    for t in &plan.tensors {
+        let dtype = dtype(&t.dtype, &t.name)?;
+        let elements = t.shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d)).filter(|n| n.checked_mul(16).is_some());
+        let elements = elements.ok_or_else(|| Error::mismatch(&t.name, format!("the shape {:?} overflows", t.shape)))?;
+        let mut terms: Vec<Term> = t.terms.iter().map(|term| operands.term(term, &t.name, elements)).collect::<Result<_>>()?;
+        terms.retain(|t| !t.is_zero());
+        let equal: Vec<TensorView> = t.equal.iter().map(|r| operands.tensor(r)).collect::<Result<_>>()?;
+        if equal.iter().any(|e| e.entry.shape != t.shape || e.dtype() != dtype) {
+            return Err(Error::mismatch(&t.name, "tensors that must be equal differ in format or shape"));
+        }
+        if !terms.is_empty() && !dtype.is_float() {
+            return Err(Error::mismatch(&t.name, format!("a difference of {dtype} is not defined")));
+        }
+        let rebuild = match terms.as_slice() {
+            [Term { coefficient: 1.0, placement: Placement::Whole(Source::Difference(p, _)), substitute: None }] => p.dtype() == dtype,
+            _ => false,
+        };
+        let double = terms.iter().any(Term::is_double);
+        jobs.push(Job { name: t.name.clone(), shape: t.shape.clone(), dtype, elements, terms, equal, double, rebuild, codec: OnceLock::new() });
+    }
+    Ok(jobs)
+}
+
+/// Writes a vector folder, its manifest last.
+///
+/// # Errors
+/// [`Error::Mismatch`] before anything is written, if the operands do not fit; then [`Error::Io`], [`Error::NonFinite`], [`Error::Cancelled`]. Nothing half-made
+/// keeps a name.
+pub fn extract(plan: &ExtractPlan, operands: Operands<'_>, control: &Control) -> Result<Vec<Row>> {
+    let level = Level::current()?;
+    let jobs = prepare(plan, operands)?;
+    operands.verify_vectors(&plan.settings, control)?;
+    let assembly = Assembly::new(&plan.out, plan.digest, plan.settings.sync, plan.shard_bytes, jobs.iter().map(|j| j.name.as_str()));
+    let per_block = jobs.iter().map(block_memory).max().unwrap_or(1);
+    let fixed = (MICRO * 24) as u64 + (1 << 16) * 5;
+    let budget = Budget::share(plan.settings.memory_budget, plan.settings.threads(), fixed, per_block);
+    let run = Run {
+        plan,
+        level,
+        control,
+        grid: Grid::new(jobs.iter().map(|j| j.elements).collect(), budget.blocks_per_tile),
+        jobs: &jobs,
+        assembly: Mutex::new(assembly),
+        turn: Turn::default(),
+    };
+    control.expect(jobs.iter().map(Job::bytes).sum());
+    let passed = pass::run(
+        &run.grid,
+        budget.threads,
+        control,
+        Scratch::default,
+        |tile| jobs[tile.tensor].terms.iter().for_each(|t| t.prefetch(tile.elements.clone())),
+        |scratch, number, tile| {
+            let result = run.tile(scratch, number, tile);
+            if result.is_err() {
+                run.turn.give_up();
+            }
+            result
+        },
+    );
+    let assembly = run.assembly.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if let Err(e) = passed {
+        assembly.discard();
+        return Err(e);
+    }
+    let rows = assembly.finish()?;
+    let mut config = serde_json::Map::new();
+    config.insert("format".into(), VERSION.into());
+    config.insert("reasonvec".into(), env!("CARGO_PKG_VERSION").into());
+    let json = |e: serde_json::Error| Error::Usage(e.to_string());
+    config.insert("digest".into(), serde_json::to_value(plan.digest).map_err(json)?);
+    config.extend(plan.config.clone());
+    config.insert("tensors".into(), serde_json::to_value(&rows).map_err(json)?);
+    let text = serde_json::to_string_pretty(&config).map_err(json)? + "\n";
+    write_whole(&plan.out.join(CONFIG), text.as_bytes(), plan.settings.sync)?;
+    Ok(rows)
+}
+
+/// Bytes that a worker holds per block of a tile: bitmap, values with every element escaped, and the buffers of what it reads.
+fn block_memory(job: &Job) -> u64 {
+    let work = if job.double { 8 } else { 4 };
+    let read: u64 = job.terms.iter().map(|t| t.memory().0).sum();
+    let scratch: u64 = job.terms.iter().map(|t| t.memory().1).sum();
+    let by_block = if job.terms.iter().any(Term::by_block) { work * BLOCK } else { 0 };
+    (work + 1 + read) * BLOCK + BLOCK / 8 + scratch + by_block
+}
+
+#[derive(Default)]
+struct Scratch {
+    pool: Pool,
+    packed: Packed,
+    single: Vec<f32>,
+    double: Vec<f64>,
+    rebuilt: Vec<u8>,
+}
+
+struct Run<'a> {
+    plan: &'a ExtractPlan,
+    level: Level,
+    control: &'a Control,
+    grid: Grid,
+    jobs: &'a [Job],
+    assembly: Mutex<Assembly<'a>>,
+    turn: Turn,
+}
+
+impl<'a> Run<'a> {
+    fn tile(&self, scratch: &mut Scratch, number: usize, tile: &Tile) -> Result<()> {
+        let job = &self.jobs[tile.tensor];
+        let Scratch { pool, packed, single, double, rebuilt } = scratch;
+        packed.clear();
+        let codec = if job.terms.is_empty() {
+            self.check_equal(job, tile, pool)?;
+            None
+        } else if job.double {
+            let codec = self.codec(job, pool, double)?;
+            with_element!(job.dtype, E => self.encode::<E, f64>(job, tile, codec, pool, double, rebuilt, packed)?);
+            Some(codec)
+        } else {
+            let codec = self.codec(job, pool, single)?;
+            with_element!(job.dtype, E => self.encode::<E, f32>(job, tile, codec, pool, single, rebuilt, packed)?);
+            Some(codec)
+        };
+        let last = tile.elements.end == job.elements;
+        self.turn.take(number, self.control, || {
+            let mut assembly = self.assembly.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(codec) = codec else {
+                if last {
+                    assembly.zero(job.row());
+                }
+                return Ok(());
+            };
+            if tile.elements.start == 0 {
+                assembly.begin(Tensor { row: job.row(), codec, double: job.double })?;
+            }
+            assembly.add(packed)?;
+            if last { assembly.end() } else { Ok(()) }
+        })?;
+        if job.elements > 0 {
+            let share = job.bytes() as u128 * (tile.elements.end - tile.elements.start) as u128 / job.elements as u128;
+            self.control.advance(share as u64);
+        }
+        Ok(())
+    }
+
+    fn check_equal(&self, job: &Job, tile: &Tile, pool: &Pool) -> Result<()> {
+        let Some((first, others)) = job.equal.split_first() else { return Ok(()) };
+        let a = first.window(tile.elements.clone(), pool)?;
+        for other in others {
+            let b = other.window(tile.elements.clone(), pool)?;
+            if *a != *b {
+                let byte = a.iter().zip(b.iter()).position(|(x, y)| x != y).unwrap_or(0);
+                return Err(Error::mismatch(&job.name, format!(
+                    "a difference of {} is not defined, and element {} differs between {} and {}; leave the tensor out with --exclude",
+                    job.dtype,
+                    tile.elements.start + (byte / job.dtype.size()) as u64,
+                    first.map().path().display(),
+                    other.map().path().display()
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The tensor's codec: chosen once, from an even sample, by whichever worker needs it first.
+    fn codec<W: Work>(&self, job: &'a Job, pool: &Pool, buffer: &mut Vec<W>) -> Result<&'a Codec> {
+        if let Some(codec) = job.codec.get() {
+            return Ok(codec);
+        }
+        let mut sample = Sample::default();
+        let micros = job.elements.div_ceil(MICRO as u64);
+        let taken = micros.min(SAMPLE / MICRO as u64);
+        buffer.resize(buffer.len().max(BLOCK as usize), W::ZERO);
+        for k in 0..taken {
+            let start = k * micros / taken * MICRO as u64;
+            let range = start..(start + MICRO as u64).min(job.elements);
+            let u = &mut buffer[..(range.end - range.start) as usize];
+            let mut readers = open(&job.terms, range.clone(), pool)?;
+            if job.terms.iter().any(Term::by_block) {
+                // A control is defined on whole blocks; a sample of blocks does as well.
+                let block = start / BLOCK * BLOCK..((start / BLOCK + 1) * BLOCK).min(job.elements);
+                let whole = &mut buffer[..(block.end - block.start) as usize];
+                let mut readers = open(&job.terms, block.clone(), pool)?;
+                accumulate(&mut readers, self.level, whole, block.clone())?;
+                sample.look(&whole[(start - block.start) as usize..][..(range.end - range.start) as usize]);
+            } else {
+                accumulate(&mut readers, self.level, u, range)?;
+                sample.look(u);
+            }
+        }
+        Ok(job.codec.get_or_init(|| sample.choose(self.plan.encoding, job.double)))
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the scratch of a worker, piece by piece")]
+    fn encode<E: Element, W: Work>(
+        &self,
+        job: &Job,
+        tile: &Tile,
+        codec: &Codec,
+        pool: &Pool,
+        buffer: &mut Vec<W>,
+        rebuilt: &mut Vec<u8>,
+        packed: &mut Packed,
+    ) -> Result<()> {
+        let level = self.level;
+        let mut readers = open::<W>(&job.terms, tile.elements.clone(), pool)?;
+        let span = if job.terms.iter().any(Term::by_block) { BLOCK } else { MICRO as u64 };
+        buffer.resize(buffer.len().max(span as usize), W::ZERO);
+        rebuilt.resize(MICRO * E::SIZE, 0);
+        let mut bits = [0u8; MICRO / 8];
+        let mut wide_negative = [W::ZERO; MICRO];
+        for (_, block) in tile.blocks() {
+            let (mut squares, before) = (0.0, (packed.moved, packed.escapes.len(), packed.wide_at.len()));
+            let mut at = block.start;
+            while at < block.end {
+                let end = (at + span).min(block.end);
+                let buffer = &mut buffer[..(end - at) as usize];
+                accumulate(&mut readers, level, buffer, at..end)?;
+                for (i, u) in buffer.chunks(MICRO).enumerate() {
+                    let from = at + (i * MICRO) as u64;
+                    let (max, _, finite) = dispatch::extent(level, u);
+                    if !finite && !self.plan.allow_nonfinite {
+                        let range = from..from + u.len() as u64;
+                        if let Some(e) = first_nonfinite::<W>(&job.name, &[], &job.terms, level, range, pool)? {
+                            return Err(e);
+                        }
+                    }
+                    if max.to_f64() > packed.max {
+                        packed.max = max.to_f64();
+                        packed.max_at = u.iter().position(|v| v.abs() == max).map(|p| from + p as u64);
+                    }
+                    squares += dispatch::dot(level, u, u);
+                    packed.moved += packed.pack(level, codec, u, &mut bits);
+                    if job.rebuild {
+                        let place = from - tile.elements.start;
+                        let windows = readers[0].windows();
+                        let p = &windows[0][place as usize * E::SIZE..(place as usize + u.len()) * E::SIZE];
+                        let negative = negative_dtype(&job.terms[0]).unwrap_or(job.dtype);
+                        let n = &windows[1][place as usize * negative.size()..(place as usize + u.len()) * negative.size()];
+                        let out = &mut rebuilt[..u.len() * E::SIZE];
+                        if negative == job.dtype {
+                            dispatch::finish::<E, W>(level, out, n, u);
+                        } else {
+                            let wide = &mut wide_negative[..u.len()];
+                            with_element!(negative, N => dispatch::widen::<N, W>(level, wide, n));
+                            dispatch::finish_as::<E, W>(level, out, wide, u);
+                        }
+                        if out != p {
+                            correct::<E, W>(packed, out, p, (n, negative), u, (from - block.start) as u32);
+                        }
+                    }
+                }
+                at = end;
+            }
+            packed.squares.push(squares);
+            packed.counts.push([
+                packed.moved - before.0,
+                ((packed.escapes.len() - before.1) / 4) as u64,
+                ((packed.wide_at.len() - before.2) / 4) as u64,
+            ]);
+        }
+        if !matches!(codec, Codec::Dense) {
+            packed.pad_bitmap();
+        }
+        Ok(())
+    }
+}
+
+fn open<'t, W: Work>(terms: &'t [Term], elements: std::ops::Range<u64>, pool: &'t Pool) -> Result<Vec<Reader<'t, W>>> {
+    terms.iter().map(|t| t.open::<W>(elements.clone(), pool)).collect()
+}
+
+fn accumulate<W: Work>(readers: &mut [Reader<'_, W>], level: Level, into: &mut [W], elements: std::ops::Range<u64>) -> Result<()> {
+    for (i, reader) in readers.iter_mut().enumerate() {
+        reader.add(level, into, elements.clone(), i == 0)?;
+    }
+    Ok(())
+}
+
+fn negative_dtype(term: &Term) -> Option<Dtype> {
+    match &term.placement {
+        Placement::Whole(Source::Difference(_, n)) => Some(n.dtype()),
+        _ => None,
+    }
+}
+
+/// Records what the rebuilt elements that differ from the positive donor need.
+fn correct<E: Element, W: Work>(packed: &mut Packed, rebuilt: &[u8], p: &[u8], n: (&[u8], Dtype), u: &[W], from: u32) {
+    for (i, hi) in u.iter().enumerate() {
+        let at = i * E::SIZE..(i + 1) * E::SIZE;
+        let (is, should) = (E::load(&rebuilt[at.clone()]), E::load(&p[at]));
+        // A NaN that was let through stays a NaN; which one is not kept.
+        if is.same_bits(should) || should.widen64().is_nan() {
+            continue;
+        }
+        let negative = with_element!(n.1, N => N::load(&n.0[i * N::SIZE..]).widen64());
+        let lo = if size_of::<W>() == 4 { correction(should, negative, hi.to_f64()) } else { None };
+        match lo {
+            Some(lo) => {
+                packed.wide_at.extend_from_slice(&(from + i as u32).to_le_bytes());
+                packed.wide_lo.extend_from_slice(&lo.to_le_bytes());
+            }
+            None => packed.inexact += 1,
+        }
+    }
+}
