@@ -27,14 +27,13 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
-from rich.console import Console
-
 import peers
 import reasonvec
 import shapes
 import table
 from measure import Turn, import_seconds, in_turns, peak_anonymous, ratio, run, timed
 from reasonvec.family import Family
+from rich.console import Console
 from table import Row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,10 +49,10 @@ THREADS = (1, 2, 8)
 BUDGETS = ("16MiB", "64MiB", "1GiB")
 
 NOTES = f"""\
-Made by `make bench`. The work is target + {ALPHA} (RL - SFT) on Qwen2 shapes in bf16, by commands that
-take turns. Times are of whole commands, the start of the interpreter included, from and to the page
-cache; those called *synced* also wait for the disk (fsync), which neither mergekit nor cp does.
-Ratios are of medians, and in brackets the least and the greatest within one round. The roofline
+Made by `make bench`. The work is target + {ALPHA} (RL - SFT) on Qwen2 shapes in bf16, by commands
+taking turns. Times are of whole commands, the start of the interpreter included, from and to the
+page cache; those called *synced* also wait for the disk (fsync), unlike mergekit and cp. Ratios are
+of medians, and in brackets the least and the greatest within one round. The roofline
 (benches/roofline.rs) reads and writes the same bytes and computes nothing. Memory is anonymous
 memory, of the process and its children together, at its greatest."""
 
@@ -95,7 +94,7 @@ class Bench:
 
     def apply(self, output: Path, *options: str, family: Family | None = None) -> list[str | Path]:
         of = family or self.family
-        points = ["--from", of.rl, of.sft, "--to", of.instruct]
+        points: list[str | Path] = ["--from", of.rl, of.sft, "--to", of.instruct]
         return [REASONVEC, "apply", *points, "-o", output, "--alpha", str(ALPHA), "-q", *options]
 
     def extract(self, output: Path, *options: str) -> list[str | Path]:
@@ -103,7 +102,7 @@ class Bench:
 
     def turn(self, name: str) -> Turn:
         p, n, t = inputs = [self.family.rl, self.family.sft, self.family.instruct]
-        output = OUTPUTS / "turn"
+        output = OUTPUTS / "apply"
         threads = ["--threads", str(os.cpu_count())]
         match name:
             case "mergekit":
@@ -122,10 +121,12 @@ class Bench:
             case "apply, no digests":
                 command = self.apply(output, "--no-sync", "--digest", "none")
             case "roofline of extract":
+                output = OUTPUTS / "extract"
                 size = sum(path.stat().st_size for path in self.vector.iterdir())
                 command = [self.roofline, "extract", p, n, output, "--bytes", str(size), *threads]
                 inputs = [p, n]
             case "extract":
+                output = OUTPUTS / "extract"
                 command = self.extract(output, "--no-sync")
                 inputs = [p, n]
             case _:
@@ -214,7 +215,7 @@ def vector_rows(bench: Bench) -> Iterator[Row]:
     run([REASONVEC, "apply", bench.vector, "--to", bench.family.sft, "-o", rebuilt, "-q"])
     shards = [path.name for path in bench.family.rl.glob("*.safetensors")]
     _, different, missing = filecmp.cmpfiles(bench.family.rl, rebuilt, shards, shallow=False)
-    diff = [REASONVEC, "diff", rebuilt, bench.family.rl, "-q"]
+    diff: list[str | Path] = [REASONVEC, "diff", rebuilt, bench.family.rl, "-q"]
     answer = subprocess.run(diff, capture_output=True).returncode
     shutil.rmtree(rebuilt)
     detail = f"of {len(shards)}; `reasonvec diff` ended with {answer}"

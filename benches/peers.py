@@ -28,6 +28,7 @@ def mergekit(cache: Path) -> Path:
         else:
             run([sys.executable, "-m", "venv", "--clear", folder])
             run([python, "-m", "pip", "install", *_PACKAGES])
+    run([command, "--help"])  # Brings its libraries into memory, as the inputs are.
     return command
 
 

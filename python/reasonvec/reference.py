@@ -38,7 +38,9 @@ Bits: TypeAlias = NDArray[np.uint16] | NDArray[np.uint32] | NDArray[np.uint64]
 Work: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 Index: TypeAlias = NDArray[np.int64]
 Mask: TypeAlias = NDArray[np.bool_]
-_S = TypeVar("_S", bound=np.generic)
+Stored: TypeAlias = NDArray[np.uint8] | Bits | Work
+_Number: TypeAlias = Stored | Index | NDArray[np.float16]
+_S = TypeVar("_S", np.bool_, np.uint8, np.uint16, np.uint32, np.uint64, np.float32, np.float64)
 
 ITEMSIZE: dict[str, int] = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 NAN: dict[str, int] = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000, "F64": 0x7FF8 << 48}
@@ -126,17 +128,17 @@ def _f32_to_f16(single: NDArray[np.float32]) -> NDArray[np.uint16]:
         return single.astype(np.float16).view(np.uint16)
 
 
-def _as_f32(values: NDArray[np.generic]) -> NDArray[np.float32]:
+def _as_f32(values: _Number) -> NDArray[np.float32]:
     with np.errstate(all="ignore"):
         return values.astype(np.float32)
 
 
-def _as_f64(values: NDArray[np.generic]) -> NDArray[np.float64]:
+def _as_f64(values: _Number) -> NDArray[np.float64]:
     with np.errstate(all="ignore"):
         return values.astype(np.float64)
 
 
-def _as_work(values: NDArray[np.generic], work: WorkDtype) -> Work:
+def _as_work(values: _Number, work: WorkDtype) -> Work:
     return _as_f64(values) if work == "F64" else _as_f32(values)
 
 
@@ -209,7 +211,7 @@ def finish(t: Bits, t_dtype: Dtype, u: Work, out_dtype: Dtype, wide: Wide = NOT_
     so that -0.0 stays -0.0, and a vector that stores its zeros gives the same bytes as one that
     leaves them out. Where ``out_dtype`` is not ``t_dtype`` the target is converted instead.
 
-    An element in ``wide`` is summed in F64, the two parts of the update first, and rounded from
+    An element in ``wide`` is summed in F64, ``lo`` last, and rounded from
     there straight to ``out_dtype``. If that sum is zero it has the sign of ``lo``.
 
     >>> minus_zero = np.array([0x8000], np.uint16)
@@ -228,7 +230,7 @@ def finish(t: Bits, t_dtype: Dtype, u: Work, out_dtype: Dtype, wide: Wide = NOT_
 
 def _finish_wide(t: Work, u: Work, lo: NDArray[np.float64], out_dtype: Dtype) -> Bits:
     with np.errstate(all="ignore"):
-        total = _as_f64(t) + (_as_f64(u) + lo)
+        total = (_as_f64(t) + _as_f64(u)) + lo
     return narrow(np.where(total == 0, np.copysign(0.0, lo), total), out_dtype)
 
 
@@ -512,8 +514,8 @@ class Extracted(NamedTuple):
 def extract(p: Bits, p_dtype: Dtype, n: Bits, n_dtype: Dtype) -> Extracted:
     """The vector from n [n] to p [n], tested: n + vector must be p, bit for bit.
 
-    F32 holds nearly every difference that matters. Where it does not, the F64 difference less the
-    F32 one is kept as a second part, if that helps; a second part of zero has the sign of p, and
+    F32 holds nearly every difference that matters. Where it does not, what n + values misses p by
+    in F64 is kept as a second part, if that helps; a second part of zero has the sign of p, and
     says what sign a zero must have. Tensors combined in F64 have no second parts. Which NaN stands
     in p is not kept.
     """
@@ -524,7 +526,7 @@ def extract(p: Bits, p_dtype: Dtype, n: Bits, n_dtype: Dtype) -> Extracted:
         return Extracted(values, NOT_WIDE, missed.size)
     p_at, n_at = widen(p[missed], p_dtype, "F64"), widen(n[missed], n_dtype, "F64")
     with np.errstate(all="ignore"):
-        lo = _as_f64(p_at - n_at) - _as_f64(values[missed])
+        lo = _as_f64(p_at - (n_at + _as_f64(values[missed])))
     lo = np.where(lo == 0, np.copysign(0.0, p_at), lo)
     helps = _finish_wide(n_at, values[missed], lo, p_dtype) == p[missed]
     return Extracted(values, Wide(missed[helps], lo[helps]), int(np.count_nonzero(~helps)))
@@ -537,7 +539,7 @@ class Part(NamedTuple):
     """One entry of the safetensors file: its format, and its array (BF16 as uint16 patterns)."""
 
     dtype: str
-    data: NDArray[np.generic]
+    data: Stored
 
 
 Parts: TypeAlias = dict[str, Part]
@@ -585,8 +587,10 @@ def encode_sparse(v: Work, codec: Codec, palette: NDArray[np.float32] | None = N
         bits = narrow(_single(values), "BF16").astype(np.uint16)
         bits[escaped] = NAN["BF16"]
         parts["values"] = Part("BF16", _pad(bits, 4))
+    elif codec == "F32":
+        parts["values"] = Part("F32", _pad(_single(values), 2))
     else:
-        parts["values"] = Part(codec, _pad(_stored(values, codec), 8 // ITEMSIZE[codec]))
+        parts["values"] = Part("F64", _stored(values, "F64"))
     if escaped.any():
         parts["escapes"] = Part("F32", _pad(_single(values[escaped]), 2))
     escapes = moved.copy()
@@ -677,7 +681,7 @@ def _pad(data: NDArray[_S], multiple: int) -> NDArray[_S]:
     return padded
 
 
-def _stored(v: Work, codec: Codec) -> NDArray[np.generic]:
+def _stored(v: Work, codec: Codec) -> Work | Bits:
     if codec == "BF16" and v.dtype == np.float32 and exact_in_bf16(v).all():
         return narrow(v, "BF16")
     if codec != _work_of(v):

@@ -19,16 +19,16 @@ pub struct Wide {
     starts: Vec<u64>,
 }
 
-/// `round(t + (u + correction))`, straight from f64; a zero takes the correction's sign.
+/// `round((t + u) + correction)`, straight from f64; a zero takes the correction's sign.
 pub fn corrected<O: Element>(t: f64, u: f64, correction: f64) -> O {
-    let sum = t + (u + correction);
+    let sum = (t + u) + correction;
     O::narrow64(if sum == 0.0 { 0f64.copysign(correction) } else { sum })
 }
 
 /// The correction that gives `p` back from `n` and the difference `hi`, if there is one.
 pub fn correction<O: Element>(p: O, n: f64, hi: f64) -> Option<f64> {
     let target = p.widen64();
-    let mut lo = (target - n) - hi;
+    let mut lo = target - (n + hi);
     if lo == 0.0 {
         lo = 0f64.copysign(target);
     }

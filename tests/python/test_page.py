@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reasonvec.colour_scale import DARK, LIGHT, STEPS, Scale
+from reasonvec.page.colour_scale import DARK, LIGHT, STEPS, Scale
 from reasonvec.inspection import Inspection, TensorMeasure
 from reasonvec.page import inspection_page
 

@@ -11,9 +11,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from reasonvec.colour_scale import DARK, LIGHT, Scale
+from reasonvec.page.colour_scale import DARK, LIGHT, Scale
 from reasonvec.inspection import GroupMeasure, Inspection, in_order
-from reasonvec.markup import brief, name
+from reasonvec.page.markup import brief, name
 from reasonvec.wording import magnitude, percent
 
 # More columns than this would be too narrow to tap, so the map goes on in a second table.

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from reasonvec.configs import compare_functions
-from reasonvec.layout import FLOATS, Layout, TensorInfo
-from reasonvec.mixtures import Mixtures
-from reasonvec.names import is_vocabulary
-from reasonvec.placement import Found, Pair, Placement
-from reasonvec.problem import Problem, Severity
-from reasonvec.rows import Rows, VocabPolicy
+from reasonvec.compat.configs import compare_functions
+from reasonvec.compat.layout import FLOATS, Layout, TensorInfo
+from reasonvec.compat.mixtures import Mixtures
+from reasonvec.compat.names import is_vocabulary
+from reasonvec.compat.placement import Found, Pair, Placement
+from reasonvec.compat.problem import Problem, Severity
+from reasonvec.compat.rows import Rows, VocabPolicy
 
 __all__ = ["Alignment", "MissingPolicy", "align", "folder_problems"]
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from reasonvec.errors import FormatError
-from reasonvec.layout import Layout, TensorInfo
-from reasonvec.placement import Found, Pair, Placement, Segment
-from reasonvec.problem import Problem, Severity
-from reasonvec.tokenizer import TokenDifference, compare_tokens, same_bytes
+from reasonvec.compat.layout import Layout, TensorInfo
+from reasonvec.compat.placement import Found, Pair, Placement, Segment
+from reasonvec.compat.problem import Problem, Severity
+from reasonvec.compat.tokenizer import TokenDifference, compare_tokens, same_bytes
 
 __all__ = ["Rows", "TokenVerdict", "VocabPolicy", "compare_tokenizers"]
 

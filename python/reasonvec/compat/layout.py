@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reasonvec.names import is_embedding, is_vocabulary, layer_of
-from reasonvec.tokenizer import read_tokens
+from reasonvec.compat.names import is_embedding, is_vocabulary, layer_of
+from reasonvec.compat.tokenizer import read_tokens
 
 __all__ = ["FLOATS", "Layout", "TensorInfo", "text_config"]
 
@@ -41,7 +41,8 @@ class Layout:
     """A checkpoint or a vector, without its numbers.
 
     ``metadata`` is what the shards' `__metadata__` say together; ``config`` is config.json, empty
-    where there is none. For a vector, both are those of its donors."""
+    where there is none. For a vector, both are those of its donors.
+    """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
@@ -135,7 +136,8 @@ class Layout:
         embeddings = {
             kept: alias
             for alias, kept in self.metadata.items()
-            if alias not in self.tensors and kept in self.tensors and is_embedding(alias)
+            if alias not in self.tensors and kept in self.tensors
+            if is_embedding(alias) and not is_embedding(kept)
         }
         return {embeddings.get(stored, stored): stored for stored in self.tensors}
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from reasonvec.alignment import Alignment, MissingPolicy, align, folder_problems
-from reasonvec.configs import compare_configs, compare_functions
-from reasonvec.experts import packed_part, split_part
-from reasonvec.layout import FLOATS, Layout, TensorInfo
-from reasonvec.names import is_vocabulary, kind_of, layer_of
-from reasonvec.placement import Placement, Segment
-from reasonvec.problem import Problem, Severity, demand, fold
-from reasonvec.rows import VocabPolicy, compare_tokenizers
+from reasonvec.compat.alignment import Alignment, MissingPolicy, align, folder_problems
+from reasonvec.compat.configs import compare_configs, compare_functions
+from reasonvec.compat.experts import packed_part, split_part
+from reasonvec.compat.layout import FLOATS, Layout, TensorInfo
+from reasonvec.compat.names import is_vocabulary, kind_of, layer_of
+from reasonvec.compat.placement import Placement, Segment
+from reasonvec.compat.problem import Problem, Severity, demand, fold
+from reasonvec.compat.rows import VocabPolicy, compare_tokenizers
 
 __all__ = [
     "Alignment",

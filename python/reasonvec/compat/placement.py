@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from reasonvec.layout import Layout, TensorInfo
-from reasonvec.problem import Problem
+from reasonvec.compat.layout import Layout, TensorInfo
+from reasonvec.compat.problem import Problem
 
 __all__ = ["Found", "Pair", "Placement", "Segment"]
 

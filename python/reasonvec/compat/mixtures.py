@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 
-from reasonvec.configs import family_of
-from reasonvec.experts import REFUSED, ExpertLayout, layout_of, packed_part, split_part
-from reasonvec.layout import FLOATS, TensorInfo
-from reasonvec.placement import Found, Pair, Placement, Segment
-from reasonvec.problem import Problem, Severity
+from reasonvec.compat.configs import family_of
+from reasonvec.compat.experts import REFUSED, ExpertLayout, layout_of, packed_part, split_part
+from reasonvec.compat.layout import FLOATS, TensorInfo
+from reasonvec.compat.placement import Found, Pair, Placement, Segment
+from reasonvec.compat.problem import Problem, Severity
 
 __all__ = ["Mixtures"]
 

@@ -13,9 +13,9 @@ import math
 from collections.abc import Iterable
 from importlib import resources
 
-from reasonvec.heat_map import heat_maps, heat_style
+from reasonvec.page.heat_map import heat_maps, heat_style
 from reasonvec.inspection import GroupMeasure, Inspection, TensorMeasure
-from reasonvec.markup import brief, name, quoted, whole_name
+from reasonvec.page.markup import brief, name, quoted, whole_name
 from reasonvec.wording import count, magnitude, percent, place, short_count, size
 
 __all__ = ["inspection_page"]
@@ -257,4 +257,4 @@ def _part(norm: float, longest: float) -> str:
 
 
 def _resource(name: str) -> str:
-    return resources.files("reasonvec").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("reasonvec.page").joinpath(name).read_text(encoding="utf-8")

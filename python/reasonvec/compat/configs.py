@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from reasonvec.layout import Layout, text_config
-from reasonvec.problem import Problem, Severity, shorten
+from reasonvec.compat.layout import Layout, text_config
+from reasonvec.compat.problem import Problem, Severity, shorten
 
 __all__ = ["compare_configs", "compare_functions", "family_of"]
 

@@ -1,0 +1,510 @@
+"""Writing a point: one vector or several into a target, as a checkpoint with a record of how it came
+to be. One pass; the target's own files, shard names and tensor order are kept."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from reasonvec import _reasonvec as core
+from reasonvec.algebra import Difference, Point, Scaled, Vector
+from reasonvec.compat import MissingPolicy, Problem, VocabPolicy, demand
+from reasonvec.destination import MANIFEST, UNDO, Destination, relative, write_json
+from reasonvec.errors import ReasonvecError
+from reasonvec.extract import ExtractOptions, write_vector
+from reasonvec.folders import CheckpointFolder, VectorFolder, read_json
+from reasonvec.compat.layout import FLOATS
+from reasonvec.memory import anonymous_bytes
+from reasonvec.compat.names import kind_of
+from reasonvec.rounding import Rounding
+from reasonvec.run import DigestName, RunOptions, settings
+from reasonvec.terms import Json, Operands, elements, place_term
+
+__all__ = ["ApplyOptions", "ApplyPlan", "ApplyReport", "OutDtype", "TensorChange", "apply", "plan"]
+
+OutDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
+_DTYPES: dict[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class ApplyOptions(RunOptions, total=False):
+    """Keywords of `Point.save` and `reasonvec.plan`."""
+
+    vocab: VocabPolicy
+    """``"strict"`` (default): embeddings and head must have the same rows for the same tokens;
+    ``"skip"``: leave them as they are; ``"match-tokens"``: match rows by token string."""
+    missing: MissingPolicy
+    """``"error"`` (default) or ``"skip"``: tensors that only the vector or only the target has."""
+    map_prefix: Sequence[tuple[str, str]]
+    """Pairs (A, B): target names that begin with A read the vector's under B."""
+    out_dtype: OutDtype
+    """The dtype of the output where the target has its main one; the target's by default."""
+    digest: DigestName
+    """``"xxh3-128"`` (default) or ``"blake3"``; ``"none"`` makes the output unverifiable."""
+    sync: bool
+    """Whether files are flushed to the disk before they get their final names (default True)."""
+    resume: bool
+    """Continue an unfinished run in the folder."""
+    overwrite: bool
+    """Replace an earlier output of reasonvec in the folder."""
+    allow_nonfinite: bool
+    """Let NaN and infinity pass."""
+    keep_undo: bool
+    """Store the exact way back beside the output, for `undo` without the target."""
+    chat_template_from: Path
+    """A folder whose chat template the output takes instead of the target's."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorChange:
+    """What happens, or happened, to one tensor of the target.
+
+    ``action`` is "update", "copy", "convert" (another dtype, no update) or "check" (an integer that must
+    be equal in all inputs, then copied); ``why`` says why a tensor is not updated."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    action: Literal["update", "copy", "convert", "check"]
+    coefficients: tuple[float, ...]
+    why: str | None = None
+    digest: str | None = None
+    rounding: Rounding | None = None
+
+
+@dataclass(frozen=True)
+class ApplyPlan:
+    """What a save will do, decided from headers alone: every tensor, every problem, every cost."""
+
+    point: Point
+    out: Path
+    problems: list[Problem]
+    tensors: list[TensorChange]
+    read_bytes: int
+    written_bytes: int
+    peak_memory: int
+    free_disk: int
+    _core: Json = field(repr=False)
+    _operands: Operands = field(repr=False)
+    _destination: Destination = field(repr=False)
+    _options: ApplyOptions = field(repr=False)
+
+    @property
+    def errors(self) -> list[Problem]:
+        """The problems that stop the run."""
+        return [problem for problem in self.problems if problem.severity == "error"]
+
+    def as_json(self) -> Json:
+        actions = Counter(tensor.action for tensor in self.tensors)
+        return {
+            "recipe": str(self.point),
+            "out": str(self.out),
+            "ok": not self.errors,
+            "problems": [
+                {"kind": p.kind, "severity": p.severity, "tensor": p.tensor, "message": p.message}
+                for p in self.problems
+            ],
+            "actions": dict(actions),
+            "read_bytes": self.read_bytes,
+            "written_bytes": self.written_bytes,
+            "peak_memory": self.peak_memory,
+            "free_disk": self.free_disk,
+            "tensors": [
+                {
+                    "name": t.name,
+                    "file": t.file,
+                    "dtype": t.dtype,
+                    "shape": list(t.shape),
+                    "action": t.action,
+                    "coefficients": list(t.coefficients),
+                    "why": t.why,
+                }
+                for t in self.tensors
+            ],
+        }
+
+    def run(self) -> ApplyReport:
+        """Do it.
+
+        Raises:
+            MismatchError: the plan has errors; all of them are told.
+            ReasonvecError: the folder may not be written.
+            OSError, NonFiniteError, DamageError: see `Point.save`.
+        """
+        demand(problem for problem in self.problems if problem.kind != "destination")
+        self._destination.prepare()
+        rows = json.loads(
+            core.apply(json.dumps(self._core), self._operands.handles, self._options.get("progress"))
+        )
+        return _finish(self, rows)
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """A finished output: what became of every tensor."""
+
+    path: Path
+    recipe: str
+    tensors: list[TensorChange]
+    warnings: list[Problem]
+
+    @property
+    def rounding(self) -> Rounding:
+        """Realised against intended change, all tensors together."""
+        return Rounding.total(t.rounding for t in self.tensors if t.rounding is not None)
+
+    def by_kind(self) -> dict[str, Rounding]:
+        """The same by kind of module."""
+        kinds: dict[str, list[Rounding]] = {}
+        for tensor in self.tensors:
+            if tensor.rounding is not None:
+                kinds.setdefault(kind_of(tensor.name), []).append(tensor.rounding)
+        return {kind: Rounding.total(parts) for kind, parts in kinds.items()}
+
+    def as_json(self) -> Json:
+        return {
+            "path": str(self.path),
+            "recipe": self.recipe,
+            "rounding": self.rounding.as_json(),
+            "by_kind": {kind: part.as_json() for kind, part in self.by_kind().items()},
+            "warnings": [problem.message for problem in self.warnings],
+            "tensors": {
+                t.name: {"action": t.action, "digest": t.digest}
+                | ({"rounding": t.rounding.as_json()} if t.rounding is not None else {})
+                for t in self.tensors
+            },
+        }
+
+
+def apply(point: Point, out: Path, options: ApplyOptions) -> ApplyReport:
+    """Write a point into a folder; see `Point.save`."""
+    return plan(point, out, options).run()
+
+
+def plan(point: Point, out: Path, options: ApplyOptions) -> ApplyPlan:
+    """Decide what writing a point into a folder will do, from headers alone.
+
+    Raises:
+        FormatError, OSError: a config or tokenizer cannot be read.
+    """
+    target = point.base
+    operands = Operands()
+    operands.number(target)
+    placed = [
+        place_term(
+            scaled,
+            target.layout,
+            operands,
+            vocab=options.get("vocab", "strict"),
+            missing=options.get("missing", "error"),
+            map_prefix=options.get("map_prefix", ()),
+        )
+        for scaled in point.vector.terms
+    ]
+    problems = list(dict.fromkeys(p for term in placed for p in term.problems))
+    problems += _copy_problems(point)
+    out_dtypes = _out_dtypes(target, options.get("out_dtype"))
+
+    shards: dict[str, list[Json]] = {shard: [] for shard in target.handle.shards()}
+    changes: list[TensorChange] = []
+    for name, info in target.layout.tensors.items():
+        terms = [term.terms[name] for term in placed if name in term.terms]
+        equal = [ref for term in placed for ref in term.equal.get(name, [])]
+        why = next((t.untouched[name] for t in placed if name in t.untouched), None)
+        changed = out_dtypes[name] != info.dtype
+        action: Literal["update", "copy", "convert", "check"] = (
+            "update" if terms else "convert" if changed else "check" if equal else "copy"
+        )
+        coefficients = tuple(float(str(term["coefficient"])) for term in terms)
+        changes.append(
+            TensorChange(
+                name, info.file, out_dtypes[name], info.shape, action, coefficients, None if terms else why
+            )
+        )
+        shards[info.file].append(
+            {
+                "name": name,
+                "dtype": out_dtypes[name],
+                "shape": list(info.shape),
+                "target": operands.ref(target, name),
+                "terms": terms,
+                "equal": equal,
+            }
+        )
+    core_plan: Json = {
+        "out": str(out),
+        "digest": options.get("digest", "xxh3-128"),
+        "allow_nonfinite": options.get("allow_nonfinite", False),
+        "shards": [_shard(target, file, tensors) for file, tensors in shards.items()],
+    } | settings(options, sync=options.get("sync", True), resume=options.get("resume", False))
+    prediction: Json = {"read": 0, "written": 0, "memory": 0}
+    if not any(problem.severity == "error" for problem in problems):
+        prediction = json.loads(core.predict(json.dumps(core_plan), operands.handles))
+    destination = Destination(
+        out,
+        operands.folders,
+        overwrite=options.get("overwrite", False),
+        resume=options.get("resume", False),
+    )
+    if destination.problem is not None:
+        problems.append(Problem("destination", destination.problem))
+    written, free = int(str(prediction["written"])), destination.room()
+    if written > free and not destination.unfinished:
+        message = (
+            f"{out}: needs {written} bytes, and its disk has {free} free; free some, or name a folder on "
+            "another disk"
+        )
+        problems.append(Problem("disk", message))
+    return ApplyPlan(
+        point,
+        out,
+        problems,
+        changes,
+        int(str(prediction["read"])),
+        written,
+        anonymous_bytes() + int(str(prediction["memory"])) + _HEADROOM,
+        free,
+        core_plan,
+        operands,
+        destination,
+        options,
+    )
+
+
+# Thread stacks, the plan in the core's own form, block hashes of the tensors under way, and the report.
+_HEADROOM = 24 << 20
+
+
+def _shard(target: CheckpointFolder, file: str, tensors: list[Json]) -> Json:
+    kept = all(
+        target.layout.tensors[str(tensor["name"])].dtype == tensor["dtype"] for tensor in tensors
+    )
+    header: Json = (
+        {"header_of": [0, file]} if kept else {"metadata": target.handle.metadata(file)}
+    )
+    return {"file": file, "tensors": tensors} | header
+
+
+def _out_dtypes(target: CheckpointFolder, asked: OutDtype | None) -> dict[str, str]:
+    tensors = target.layout.tensors
+    if asked is None:
+        return {name: info.dtype for name, info in tensors.items()}
+    if asked not in _DTYPES:
+        message = f"out_dtype: expected one of {', '.join(_DTYPES)}, found {asked!r}"
+        raise ReasonvecError(message)
+    weight: Counter[str] = Counter()
+    for info in tensors.values():
+        if info.dtype in FLOATS:
+            weight[info.dtype] += elements(info.shape)
+    # What the model keeps in another dtype on purpose (f32 router biases among bf16) it keeps.
+    main = weight.most_common(1)[0][0] if weight else None
+    return {
+        name: _DTYPES[asked] if info.dtype == main else info.dtype for name, info in tensors.items()
+    }
+
+
+def _copy_problems(point: Point) -> list[Problem]:
+    """A tied model may list its head beside the embeddings it is tied to; then they must be equal."""
+    folders: dict[int, CheckpointFolder] = {id(point.base): point.base}
+    for scaled in point.vector.terms:
+        if isinstance(scaled.leaf, Difference):
+            for folder in (scaled.leaf.positive, scaled.leaf.negative):
+                folders[id(folder)] = folder
+    problems = []
+    for folder in folders.values():
+        for copy, original in folder.layout.copies().items():
+            pair = core.digest_tensors(folder.handle, [copy, original], "xxh3-128", json.dumps(settings({})))
+            if pair[0] != pair[1]:
+                message = (
+                    f"{folder.path}: config.json ties {copy} to {original}, but the two differ in the "
+                    "files: untied against tied is never guessed; correct tie_word_embeddings or remove "
+                    "the tensor that is wrong"
+                )
+                problems.append(Problem("tied", message, copy))
+    return problems
+
+
+def _finish(plan: ApplyPlan, rows: list[Json]) -> ApplyReport:
+    """Everything besides the shards: side files, manifest, index last; then the journal goes."""
+    out, options, target = plan.out, plan._options, plan.point.base
+    sync = options.get("sync", True)
+    digest = options.get("digest", "xxh3-128")
+    tensors = [_done(change, row) for change, row in zip(_in_order(plan, rows), rows, strict=True)]
+    report = ApplyReport(
+        out, str(plan.point), tensors, [p for p in plan.problems if p.severity == "warning"]
+    )
+    files: dict[str, str | None] = {}
+    index = target.handle.index
+    index_path = target.folder / index if index is not None else None
+    for path in [*target.files(), *([index_path] if index_path is not None else [])]:
+        content = _side_file(path, plan)
+        if path == index_path:
+            continue
+        if content is None:
+            core.copy_whole(path, out / path.name, sync)
+        else:
+            core.write_whole(out / path.name, content, sync)
+        files[path.name] = core.digest_file(out / path.name, digest)
+    template = options.get("chat_template_from")
+    if template is not None:
+        for name in _take_chat_template(template, out, sync=sync):
+            files[name] = core.digest_file(out / name, digest)
+    index_content = None
+    if index_path is not None:
+        index_content = _side_file(index_path, plan) or index_path.read_bytes()
+        files[index_path.name] = None
+    manifest = _manifest(plan, report, rows, files)
+    write_json(out / MANIFEST, manifest, sync=sync)
+    if index_path is not None and index_content is not None:
+        core.write_whole(out / index_path.name, index_content, sync)
+    if options.get("keep_undo", False):
+        _store_undo(plan)
+    (out / core.journal_name()).unlink()
+    return report
+
+
+def _in_order(plan: ApplyPlan, rows: list[Json]) -> list[TensorChange]:
+    by_name = {change.name: change for change in plan.tensors}
+    return [by_name[str(row["name"])] for row in rows]
+
+
+def _done(change: TensorChange, row: Json) -> TensorChange:
+    rounding = row["rounding"]
+    digest = row["digest"]
+    return TensorChange(
+        change.name,
+        change.file,
+        change.dtype,
+        change.shape,
+        change.action,
+        change.coefficients,
+        change.why,
+        digest if isinstance(digest, str) else None,
+        Rounding.of(rounding) if isinstance(rounding, dict) and change.action == "update" else None,
+    )
+
+
+def _side_file(path: Path, plan: ApplyPlan) -> bytes | None:
+    """What a file of the target becomes; None for the same bytes."""
+    asked = plan._options.get("out_dtype")
+    if asked is None or plan.written_bytes == 0:
+        return None
+    if path.name == "config.json":
+        config = read_json(path)
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                for key in ("torch_dtype", "dtype"):
+                    if key in part:
+                        part[key] = asked
+        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    if path.name == plan.point.base.handle.index:
+        index = read_json(path)
+        size = sum(elements(t.shape) * (4 if t.dtype == "F32" else 8 if t.dtype.endswith("64") else 2) for t in plan.tensors)
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict) and "total_size" in metadata:
+            metadata["total_size"] = size
+        return (json.dumps(index, indent=2) + "\n").encode()
+    return None
+
+
+def _take_chat_template(folder: Path, out: Path, *, sync: bool) -> list[str]:
+    """The chat template of another folder, as transformers keeps it: a file of its own, or a field."""
+    if (folder / "chat_template.jinja").is_file():
+        core.copy_whole(folder / "chat_template.jinja", out / "chat_template.jinja", sync)
+        return ["chat_template.jinja"]
+    theirs = folder / "tokenizer_config.json"
+    template = read_json(theirs).get("chat_template") if theirs.is_file() else None
+    if template is None:
+        message = f"{folder}: has no chat template (neither chat_template.jinja nor in tokenizer_config.json)"
+        raise ReasonvecError(message)
+    ours = out / "tokenizer_config.json"
+    config = read_json(ours) if ours.is_file() else {}
+    config["chat_template"] = template
+    core.write_whole(ours, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(), sync)
+    (out / "chat_template.jinja").unlink(missing_ok=True)
+    return ["tokenizer_config.json"]
+
+
+def _manifest(
+    plan: ApplyPlan, report: ApplyReport, rows: list[Json], files: dict[str, str | None]
+) -> Json:
+    out, options = plan.out, plan._options
+    inputs: list[Json] = [
+        {"path": relative(folder.path, out), "kind": _kind(folder), "tensors": {}}
+        for folder in plan._operands.folders
+    ]
+    for row in rows:
+        for operand, name, digest in row["inputs"]:  # type: ignore[attr-defined]
+            if digest is not None:
+                tensors = inputs[operand]["tensors"]
+                tensors[name] = digest  # type: ignore[index]
+    return {
+        "format": 1,
+        "reasonvec": core.version(),
+        "recipe": str(plan.point),
+        "target": 0,
+        "terms": [_term(scaled, plan._operands) for scaled in plan.point.vector.terms],
+        "options": {
+            "vocab": options.get("vocab", "strict"),
+            "missing": options.get("missing", "error"),
+            "map_prefix": [list(pair) for pair in options.get("map_prefix", ())],
+            "out_dtype": options.get("out_dtype"),
+            "allow_nonfinite": options.get("allow_nonfinite", False),
+        },
+        "digest": options.get("digest", "xxh3-128"),
+        "inputs": inputs,
+        "output": {
+            "tensors": {
+                t.name: {"file": t.file, "digest": t.digest, "coefficients": list(t.coefficients)}
+                for t in report.tensors
+            },
+            "files": files,
+        },
+        "undo": UNDO if options.get("keep_undo", False) else None,
+        "report": report.as_json() | {"path": None},
+    }
+
+
+def _kind(folder: CheckpointFolder | VectorFolder) -> str:
+    return "checkpoint" if isinstance(folder, CheckpointFolder) else "vector"
+
+
+def _term(scaled: Scaled, operands: Operands) -> Json:
+    leaf = scaled.leaf
+    parts: Json = (
+        {"positive": operands.number(leaf.positive), "negative": operands.number(leaf.negative)}
+        if isinstance(leaf, Difference)
+        else {"vector": operands.number(leaf)}
+    )
+    return {"text": scaled.text} | parts
+
+
+def _store_undo(plan: ApplyPlan) -> None:
+    """The exact vector from the output back to the target, and the target's own headers and config
+    where the output's differ."""
+    out, target = plan.out, plan.point.base
+    way_back = Vector([Scaled(Difference(target, CheckpointFolder(out)))])
+    folder = out / UNDO
+    folder.mkdir(exist_ok=True)
+    run: ExtractOptions = {}
+    for key in ("threads", "memory_budget", "progress"):
+        if key in plan._options:
+            run[key] = plan._options[key]
+    write_vector(way_back, folder, run, checked=False, card=False, destination=False)
+    if plan._options.get("out_dtype") is not None:
+        for file in target.handle.shards():
+            path = target.folder / file
+            with path.open("rb") as shard:
+                length = int.from_bytes(shard.read(8), "little")
+                shard.seek(0)
+                core.write_whole(folder / f"{file}.header", shard.read(8 + length), True)
+        for name in ("config.json", target.handle.index):
+            if name is not None and (target.folder / name).is_file():
+                core.copy_whole(target.folder / name, folder / name, True)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        if plan._options.get("chat_template_from") is not None and (target.folder / name).is_file():
+            core.copy_whole(target.folder / name, folder / name, True)

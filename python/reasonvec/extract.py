@@ -1,0 +1,228 @@
+"""Writing a vector: the exact difference of two checkpoints, or any sum of vectors, as a folder."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from reasonvec import _reasonvec as core
+from reasonvec.algebra import Difference, Vector
+from reasonvec.card import vector_card
+from reasonvec.compat import Problem, demand, kind_of
+from reasonvec.destination import Destination, relative
+from reasonvec.errors import MismatchError
+from reasonvec.folders import CheckpointFolder, VectorFolder, read_json
+from reasonvec.run import DigestName, RunOptions, settings
+from reasonvec.terms import Json, Operands, leaf_layout, sum_terms
+
+__all__ = ["Encoding", "ExtractOptions", "ExtractReport", "Row", "extract", "write_vector"]
+
+Encoding: TypeAlias = Literal["auto", "dense", "sparse"]
+
+
+class ExtractOptions(RunOptions, total=False):
+    """Keywords of `Vector.save`."""
+
+    encoding: Encoding
+    """``"auto"`` (default): the fewest bytes, tensor by tensor; ``"dense"`` or ``"sparse"``."""
+    shard_bytes: int
+    """Bytes after which a data file is full, 5 GB by default."""
+    digest: DigestName
+    """``"xxh3-128"`` (default) or ``"blake3"``."""
+    sync: bool
+    """Whether files are flushed to the disk before they get their final names (default True)."""
+    overwrite: bool
+    """Replace an earlier output of reasonvec in the folder."""
+    allow_nonfinite: bool
+    """Let NaN and infinity pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tensor of a vector, as its manifest has it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    encoding: str
+    elements: int
+    moved: int
+    norm: float
+    max: float
+    inexact: int
+    wide: int
+    bytes: int
+
+    @classmethod
+    def of(cls, row: Mapping[str, object]) -> Row:
+        def number(key: str) -> float:
+            value = row[key]
+            return float(value) if isinstance(value, (int, float)) else float("nan")
+
+        shape = row["shape"]
+        return cls(
+            name=str(row["name"]),
+            dtype=str(row["dtype"]),
+            shape=tuple(int(n) for n in shape) if isinstance(shape, list) else (),
+            encoding=str(row["encoding"]),
+            elements=int(number("elements")),
+            moved=int(number("moved")),
+            norm=number("norm"),
+            max=number("max"),
+            inexact=int(number("inexact")),
+            wide=int(number("wide")),
+            bytes=int(number("bytes")),
+        )
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """A finished vector."""
+
+    path: Path
+    recipe: str
+    rows: list[Row]
+    tested: bool
+    warnings: list[Problem]
+
+    @property
+    def exact(self) -> bool | None:
+        """Whether ``negative + vector == positive`` held bit for bit for every element; None for a sum of
+        several vectors, which has no positive to be compared with."""
+        return all(row.inexact == 0 for row in self.rows) if self.tested else None
+
+    @property
+    def elements(self) -> int:
+        return sum(row.elements for row in self.rows)
+
+    @property
+    def moved(self) -> int:
+        return sum(row.moved for row in self.rows)
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def norm(self) -> float:
+        return sum(row.norm**2 for row in self.rows) ** 0.5
+
+    def by_kind(self) -> dict[str, list[Row]]:
+        kinds: dict[str, list[Row]] = {}
+        for row in self.rows:
+            kinds.setdefault(kind_of(row.name), []).append(row)
+        return kinds
+
+    def as_json(self) -> Json:
+        def group(rows: list[Row]) -> Json:
+            n, moved, size = (sum(getattr(r, k) for r in rows) for k in ("elements", "moved", "bytes"))
+            return {
+                "tensors": len(rows),
+                "elements": n,
+                "moved": moved,
+                "moved_share": moved / n if n else 0.0,
+                "norm": sum(r.norm**2 for r in rows) ** 0.5,
+                "bytes": size,
+                "bytes_per_parameter": size / n if n else 0.0,
+            }
+
+        return {
+            "path": str(self.path),
+            "recipe": self.recipe,
+            "exact": self.exact,
+            "encodings": dict(Counter(row.encoding for row in self.rows)),
+            "warnings": [problem.message for problem in self.warnings],
+            "by_kind": {kind: group(rows) for kind, rows in self.by_kind().items()},
+        } | group(self.rows)
+
+
+def extract(vector: Vector, out: Path, options: ExtractOptions) -> ExtractReport:
+    """Write a vector into a folder; see `Vector.save`."""
+    return write_vector(vector, out, options)
+
+
+def write_vector(
+    vector: Vector,
+    out: Path,
+    options: ExtractOptions,
+    *,
+    checked: bool = True,
+    card: bool = True,
+    destination: bool = True,
+) -> ExtractReport:
+    """`extract`, for callers inside the package that know that the donors fit (``checked``), want no
+    README.md (``card``) or made the folder themselves (``destination``)."""
+    if not vector.terms:
+        message = "an empty vector (a point minus itself) has nothing to save"
+        raise MismatchError(message)
+    operands = Operands()
+    first = leaf_layout(vector.terms[0].leaf)
+    tensors, problems = sum_terms(vector, first, operands, checked=checked)
+    demand(problems)
+    if destination:
+        Destination(out, operands.folders, overwrite=options.get("overwrite", False)).prepare()
+    plain = len(vector.terms) == 1 and isinstance(vector.terms[0].leaf, Difference)
+    tested = plain and all(_is_plain(term) for tensor in tensors.values() for term in tensor.terms)
+    folder = _config_folder(vector)
+    plan: Json = {
+        "out": str(out),
+        "digest": options.get("digest", "xxh3-128"),
+        "encoding": options.get("encoding", "auto"),
+        "shard_bytes": options.get("shard_bytes", 5_000_000_000),
+        "allow_nonfinite": options.get("allow_nonfinite", False),
+        "tensors": [asdict(tensor) for tensor in tensors.values()],
+        "config": {
+            "recipe": str(vector),
+            "tested": tested,
+            "donors": _donors(vector, out),
+            "config": dict(first.config),
+        },
+    } | settings(options, sync=options.get("sync", True))
+    rows = json.loads(core.extract(json.dumps(plan), operands.handles, options.get("progress")))
+    sync = options.get("sync", True)
+    if (folder / "tokenizer.json").is_file():
+        core.copy_whole(folder / "tokenizer.json", out / "tokenizer.json", sync)
+    if card:
+        text = vector_card(read_json(out / "vector_config.json"))
+        core.write_whole(out / "README.md", text.encode(), sync)
+    warnings = [problem for problem in problems if problem.severity == "warning"]
+    return ExtractReport(out, str(vector), [Row.of(row) for row in rows], tested, warnings)
+
+
+def _is_plain(term: Json) -> bool:
+    return term["coefficient"] == 1.0 and "control" not in term
+
+
+def _config_folder(vector: Vector) -> Path:
+    leaf = vector.terms[0].leaf
+    return leaf.positive.folder if isinstance(leaf, Difference) else leaf.path
+
+
+def _donors(vector: Vector, out: Path) -> Json:
+    """Who made the vector, by paths from its folder."""
+    leaves = [scaled.leaf for scaled in vector.terms]
+    leaf = leaves[0]
+    if len(leaves) == 1 and isinstance(leaf, Difference):
+        return {
+            "positive": {"path": relative(leaf.positive.path, out), "files": _files(leaf.positive)},
+            "negative": {"path": relative(leaf.negative.path, out), "files": _files(leaf.negative)},
+        }
+    donors: Json = {}
+    for i, leaf in enumerate(leaves):
+        parts: list[tuple[str, CheckpointFolder | VectorFolder]] = (
+            [("positive", leaf.positive), ("negative", leaf.negative)]
+            if isinstance(leaf, Difference)
+            else [("vector", leaf)]
+        )
+        for role, folder in parts:
+            donors[f"{role} {i + 1}"] = {"path": relative(folder.path, out)}
+    return donors
+
+
+def _files(folder: CheckpointFolder) -> Json:
+    """Sizes of the shards: enough to see that a donor is another one, without reading it."""
+    return {name: (folder.folder / name).stat().st_size for name in folder.handle.shards()}

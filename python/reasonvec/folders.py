@@ -1,0 +1,115 @@
+"""The two kinds of folder that stand on disk: a checkpoint and a stored vector, opened but not read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from reasonvec import _reasonvec as core
+from reasonvec.errors import FormatError
+from reasonvec.compat.layout import Layout, TensorInfo
+
+if TYPE_CHECKING:
+    from reasonvec._reasonvec import Tensor
+
+__all__ = ["CheckpointFolder", "VectorFolder", "is_vector", "read_json"]
+
+VECTOR_CONFIG = "vector_config.json"
+_LONGEST_JSON = 64 << 20
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A small JSON object.
+
+    Raises:
+        FormatError: it is too large to be one, no JSON, or no object.
+        OSError: it cannot be read.
+    """
+    if path.stat().st_size > _LONGEST_JSON:
+        message = f"{path}: expected a JSON file of at most {_LONGEST_JSON} bytes; it is no config"
+        raise FormatError(message)
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        message = f"{path}: expected JSON: {error}"
+        raise FormatError(message) from None
+    if not isinstance(value, dict):
+        message = f"{path}: expected a JSON object, found {type(value).__name__}"
+        raise FormatError(message)
+    return value
+
+
+def is_vector(path: Path) -> bool:
+    """Whether a folder is a stored vector."""
+    return (path / VECTOR_CONFIG).is_file()
+
+
+class CheckpointFolder:
+    """An opened checkpoint: names, formats, shapes; its tensors are read when they are used."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle = core.Checkpoint(path)
+        self.folder = path if path.is_dir() else path.parent
+
+    @cached_property
+    def layout(self) -> Layout:
+        tensors = {
+            name: TensorInfo(name, dtype, tuple(shape), file)
+            for name, dtype, shape, file in self.handle.tensors()
+        }
+        config_path = self.folder / "config.json"
+        config = read_json(config_path) if config_path.is_file() else {}
+        metadata = {k: v for shard in self.handle.shards() for k, v in self.handle.metadata(shard)}
+        return Layout(self.folder, tensors, config, metadata)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, without a copy."""
+        if name not in self.layout.tensors:
+            raise KeyError(name)
+        return self.handle.tensor(name)
+
+    def files(self) -> Iterator[Path]:
+        """Every file of the folder that is not weights, subfolders left out."""
+        weights = {*self.handle.shards(), self.handle.index}
+        if self.path.is_file():
+            return
+        for path in sorted(self.folder.iterdir()):
+            skip = path.name in weights or path.name.startswith(".") or path.name == "reasonvec.json"
+            if path.is_file() and not skip and path.suffix not in _OTHER_WEIGHTS:
+                yield path
+
+
+# The same weights in other formats: they would contradict the new ones, and pickles are never carried on.
+_OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"})
+
+
+class VectorFolder:
+    """An opened vector folder: its manifest is read and checked, its numbers are not."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.handle = core.VectorFolder(path)
+
+    @cached_property
+    def config(self) -> dict[str, object]:
+        return read_json(self.path / VECTOR_CONFIG)
+
+    @property
+    def rows(self) -> list[Mapping[str, object]]:
+        return cast("list[Mapping[str, object]]", self.config["tensors"])
+
+    @cached_property
+    def layout(self) -> Layout:
+        tensors = {
+            name: TensorInfo(name, dtype, tuple(shape), VECTOR_CONFIG)
+            for name, dtype, shape in self.handle.tensors()
+        }
+        return Layout(self.path, tensors, _mapping(self.config.get("config")), {})
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, dict) else {}

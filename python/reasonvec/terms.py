@@ -1,0 +1,254 @@
+"""From expressions to the plans of the core: operands by number, terms tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from reasonvec._reasonvec import Checkpoint as CoreCheckpoint
+from reasonvec._reasonvec import VectorFolder as CoreVector
+from reasonvec.algebra import Difference, Leaf, Scaled, Vector
+from reasonvec.coefficients import coefficient
+from reasonvec.compat import (
+    MissingPolicy,
+    Placement,
+    Problem,
+    VocabPolicy,
+    align,
+    donor_problems,
+    layer_of,
+)
+from reasonvec.folders import CheckpointFolder, VectorFolder
+from reasonvec.compat.layout import FLOATS, Layout, text_config
+
+__all__ = [
+    "Json",
+    "Operands",
+    "PlacedTerm",
+    "Summed",
+    "depth",
+    "elements",
+    "leaf_layout",
+    "place_term",
+    "sum_terms",
+    "vector_quantity",
+]
+
+Json: TypeAlias = dict[str, object]
+
+
+@dataclass
+class Operands:
+    """The opened folders of a plan, each with a number."""
+
+    folders: list[CheckpointFolder | VectorFolder] = field(default_factory=list)
+
+    def number(self, folder: CheckpointFolder | VectorFolder) -> int:
+        for i, known in enumerate(self.folders):
+            if known is folder:
+                return i
+        self.folders.append(folder)
+        return len(self.folders) - 1
+
+    def ref(self, folder: CheckpointFolder | VectorFolder, name: str) -> Json:
+        return {"operand": self.number(folder), "name": name}
+
+    @property
+    def handles(self) -> list[CoreCheckpoint | CoreVector]:
+        return [folder.handle for folder in self.folders]
+
+
+def elements(shape: Sequence[int]) -> int:
+    """The number of elements of a shape."""
+    n = 1
+    for dimension in shape:
+        n *= dimension
+    return n
+
+
+def depth(layout: Layout) -> int:
+    """How many layers a model has: by its config, else by its names."""
+    said = text_config(layout.config).get("num_hidden_layers")
+    if isinstance(said, int) and not isinstance(said, bool):
+        return said
+    return 1 + max((layer for name in layout.tensors if (layer := layer_of(name)) is not None), default=0)
+
+
+def leaf_layout(leaf: Leaf) -> Layout:
+    """What a leaf has to say of itself; a difference speaks through its positive donor."""
+    return leaf.positive.layout if isinstance(leaf, Difference) else leaf.layout
+
+
+def negative_names(leaf: Difference) -> dict[str, str]:
+    """The name in the positive donor to the name of the same tensor in the negative one."""
+    negative = leaf.negative.layout.names()
+    pairs = {
+        stored: negative[name] for name, stored in leaf.positive.layout.names().items() if name in negative
+    }
+    for copy, original in leaf.positive.layout.copies().items():
+        if original in pairs:
+            pairs[copy] = pairs[original]
+    return pairs
+
+
+def source(leaf: Leaf, name: str, operands: Operands, negatives: dict[str, str] | None = None) -> Json:
+    """A leaf's tensor, for the core."""
+    if isinstance(leaf, VectorFolder):
+        return {"stored": operands.ref(leaf, name)}
+    negatives = negative_names(leaf) if negatives is None else negatives
+    pair = [operands.ref(leaf.positive, name), operands.ref(leaf.negative, negatives.get(name, name))]
+    return {"difference": pair}
+
+
+@dataclass(frozen=True)
+class PlacedTerm:
+    """One summand, placed in a target: what it adds to each tensor, why not, and every problem."""
+
+    terms: dict[str, Json]
+    equal: dict[str, list[Json]]
+    untouched: dict[str, str]
+    problems: list[Problem]
+
+
+def place_term(
+    scaled: Scaled,
+    target: Layout,
+    operands: Operands,
+    *,
+    vocab: VocabPolicy = "strict",
+    missing: MissingPolicy = "error",
+    map_prefix: Sequence[tuple[str, str]] = (),
+) -> PlacedTerm:
+    """Decide where a summand goes, tensor by tensor of the target."""
+    leaf, layers = scaled.leaf, depth(target)
+    layout = leaf_layout(leaf)
+
+    def alpha(name: str) -> float:
+        return coefficient(scaled.factors, name, layers)
+
+    problems: list[Problem] = []
+    negatives: dict[str, str] | None = None
+    if isinstance(leaf, Difference):
+        # Under a prefix map the donors' names are not the target's, and alpha speaks of the target's.
+        select: Callable[[str], bool] | None = None if map_prefix else lambda name: alpha(name) != 0.0
+        problems += donor_problems(leaf.positive.layout, leaf.negative.layout, select=select)
+        negatives = negative_names(leaf)
+    aligned = align(
+        layout,
+        target,
+        vocab=vocab,
+        missing=missing,
+        map_prefix=map_prefix,
+        select=lambda name: alpha(name) != 0.0,
+    )
+    problems += aligned.problems
+    terms: dict[str, Json] = {}
+    equal: dict[str, list[Json]] = {}
+    for name, placement in aligned.sources.items():
+        if placement is None:
+            continue
+        if target.tensors[name].dtype not in FLOATS:
+            if isinstance(leaf, Difference):
+                of = negatives or {}
+                equal[name] = [
+                    operands.ref(leaf.positive, placement.name),
+                    operands.ref(leaf.negative, of.get(placement.name, placement.name)),
+                ]
+            continue
+        term: Json = {"coefficient": alpha(name)}
+        term |= _placed(leaf, placement, operands, negatives)
+        if scaled.control is not None:
+            kind, seed = scaled.control
+            term["control"] = {"kind": kind, "seed": seed}
+        terms[name] = term
+    return PlacedTerm(terms, equal, aligned.untouched, problems)
+
+
+def _placed(
+    leaf: Leaf, placement: Placement, operands: Operands, negatives: dict[str, str] | None
+) -> Json:
+    if placement.segments is None:
+        return {"source": source(leaf, placement.name, operands, negatives)}
+    segments = [
+        {
+            "at": segment.at,
+            "length": segment.length,
+            "start": segment.start,
+            "source": source(leaf, segment.name, operands, negatives),
+        }
+        for segment in placement.segments
+    ]
+    return {"segments": segments}
+
+
+@dataclass(frozen=True)
+class Summed:
+    """A tensor of a vector that stands by itself: what is summed, or what must be equal."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    terms: list[Json] = field(default_factory=list)
+    equal: list[Json] = field(default_factory=list)
+
+
+def sum_terms(
+    vector: Vector, first: Layout, operands: Operands, *, checked: bool = True
+) -> tuple[dict[str, Summed], list[Problem]]:
+    """A vector by itself, tensor by tensor under the names of its first summand, and what does not fit."""
+    tensors: dict[str, Summed] = {}
+    problems: list[Problem] = []
+    for scaled in vector.terms:
+        problems += _add_term(scaled, first, operands, tensors, checked=checked)
+    return tensors, list(dict.fromkeys(problems))
+
+
+def vector_quantity(
+    vector: Vector, first: Layout, operands: Operands
+) -> tuple[dict[str, list[Json]], list[Problem]]:
+    """The float tensors of a vector by itself, for measuring."""
+    tensors, problems = sum_terms(vector, first, operands)
+    return {name: t.terms for name, t in tensors.items() if t.dtype in FLOATS}, problems
+
+
+def _add_term(
+    scaled: Scaled, first: Layout, operands: Operands, tensors: dict[str, Summed], *, checked: bool
+) -> list[Problem]:
+    leaf, layout, layers = scaled.leaf, leaf_layout(scaled.leaf), depth(first)
+
+    def alpha(name: str) -> float:
+        return coefficient(scaled.factors, name, layers)
+
+    problems: list[Problem] = []
+    negatives: dict[str, str] = {}
+    if isinstance(leaf, Difference):
+        if checked:
+            positive, negative = leaf.positive.layout, leaf.negative.layout
+            problems += donor_problems(positive, negative, select=lambda name: alpha(name) != 0.0)
+            if any(problem.severity == "error" for problem in problems):
+                return problems
+        negatives = negative_names(leaf)
+    copies = layout.copies() if checked else {}
+    for name, info in layout.tensors.items():
+        if alpha(name) == 0.0 or name in copies:
+            continue
+        known = first.tensors.get(name)
+        if known is None or known.shape != info.shape:
+            found = "lacks it" if known is None else f"has {list(known.shape)}"
+            message = (
+                f"{layout.path}: {name} is {list(info.shape)}, but {first.path} {found}; only vectors of "
+                "one architecture and size have a sum: take others, or leave the tensor out"
+            )
+            problems.append(Problem("shape", message, name))
+            continue
+        tensor = tensors.setdefault(name, Summed(name, known.dtype, known.shape))
+        if info.dtype in FLOATS:
+            term: Json = {"coefficient": alpha(name), "source": source(leaf, name, operands, negatives)}
+            if scaled.control is not None:
+                term["control"] = {"kind": scaled.control[0], "seed": scaled.control[1]}
+            tensor.terms.append(term)
+        elif isinstance(leaf, Difference):
+            tensor.equal.append(operands.ref(leaf.positive, name))
+            tensor.equal.append(operands.ref(leaf.negative, negatives.get(name, name)))
+    return problems
