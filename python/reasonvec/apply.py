@@ -500,8 +500,7 @@ def _store_undo(plan: ApplyPlan) -> None:
             path = target.folder / file
             with path.open("rb") as shard:
                 length = int.from_bytes(shard.read(8), "little")
-                shard.seek(0)
-                core.write_whole(folder / f"{file}.header", shard.read(8 + length), True)
+                core.write_whole(folder / f"{file}.header", shard.read(length), True)
         for name in ("config.json", target.handle.index):
             if name is not None and (target.folder / name).is_file():
                 core.copy_whole(target.folder / name, folder / name, True)

@@ -52,6 +52,9 @@ pub struct ShardPlan {
     /// The shard whose header it keeps byte for byte, as (operand, file); none when a format changes.
     #[serde(default)]
     pub header_of: Option<(usize, String)>,
+    /// The header's JSON text, kept byte for byte.
+    #[serde(default)]
+    pub header_text: Option<String>,
     /// `__metadata__`, for a header that is made anew.
     #[serde(default)]
     pub metadata: Vec<(String, String)>,
@@ -214,6 +217,20 @@ fn shard_header(plan: &ShardPlan, operands: Operands<'_>) -> Result<Vec<u8>> {
     for t in &plan.tensors {
         listed.push((t.name.clone(), dtype(&t.dtype, &t.name)?, t.shape.clone()));
     }
+    let keeps = |header: &Header| {
+        header.entries.iter().map(|e| (&e.name, e.dtype, &e.shape)).eq(listed.iter().map(|(n, d, s)| (n, *d, s)))
+    };
+    let other = || Error::Usage(format!("{}: the plan keeps a header but lays out other tensors", plan.file));
+    if let Some(text) = &plan.header_text {
+        let size = listed.iter().map(|(_, d, shape)| shape.iter().product::<u64>() * d.size() as u64).sum();
+        let header = Header::parse(text, size).map_err(|problem| Error::Usage(format!("{}: {problem}", plan.file)))?;
+        if !keeps(&header) {
+            return Err(other());
+        }
+        let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(text.as_bytes());
+        return Ok(bytes);
+    }
     let Some((operand, file)) = &plan.header_of else {
         return Ok(Header::build(&plan.metadata, listed));
     };
@@ -222,9 +239,8 @@ fn shard_header(plan: &ShardPlan, operands: Operands<'_>) -> Result<Vec<u8>> {
         _ => None,
     };
     let source = source.ok_or_else(|| Error::Usage(format!("the plan keeps the header of {file:?}, which operand {operand} does not have")))?;
-    let same = source.header.entries.iter().map(|e| (&e.name, e.dtype, &e.shape)).eq(listed.iter().map(|(n, d, s)| (n, *d, s)));
-    if !same {
-        return Err(Error::Usage(format!("the plan keeps the header of {file:?} but lays out other tensors")));
+    if !keeps(&source.header) {
+        return Err(other());
     }
     let mut bytes = vec![0u8; source.header.data_start as usize];
     source.map.read_at(&mut bytes, 0)?;

@@ -1,0 +1,206 @@
+"""Reports as people read them in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from reasonvec.compat import Problem, fold
+from reasonvec.wording import count, magnitude, percent, short_count, size
+
+if TYPE_CHECKING:
+    from reasonvec.apply import ApplyPlan, ApplyReport
+    from reasonvec.check import CheckReport, Distances
+    from reasonvec.compare import Comparison, Pair
+    from reasonvec.extract import ExtractReport
+    from reasonvec.inspection import GroupMeasure, Inspection
+    from reasonvec.rounding import Rounding
+    from reasonvec.undo import UndoReport
+    from reasonvec.verify import DiffReport, VerifyReport
+
+_console = Console(highlight=False)
+
+
+def _say(text: str) -> None:
+    _console.print(text, soft_wrap=True)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    _console.print(table)
+
+
+def _number(x: float | None, form: str = ".4f") -> str:
+    return "-" if x is None else format(x, form)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{percent(part, whole)} %"
+
+
+def _share(x: float) -> str:
+    return f"{100 * x:.1f} %"
+
+
+def _problems(problems: Sequence[Problem]) -> None:
+    for problem, times in fold(problems):
+        colour = "red" if problem.severity == "error" else "yellow"
+        more = f" (and {times - 1} more like it)" if times > 1 else ""
+        _say(f"[{colour}]{problem.severity}[/]: {escape(problem.message)}{more}")
+
+
+def show_check(report: CheckReport) -> None:
+    _problems(report.problems)
+    if report.total is not None:
+        with_target = report.total.target_share is not None
+        columns = ["module", "|P-N|/|N|", "moved"]
+        columns += ["|T-N|/|N|", "cos(P-N, T-N)", "|P-N|/|T-N|"] if with_target else []
+
+        def cells(name: str, d: Distances) -> list[str]:
+            row = [name, _number(d.vector_share, ".2e"), _share(d.moved_share)]
+            if with_target:
+                row += [_number(d.target_share, ".2e"), _number(d.cosine), _number(d.vector_over_target, ".3g")]
+            return row
+
+        _table(columns, [*(cells(k, d) for k, d in report.by_kind.items()), cells("total", report.total)])
+    if report.same_neurons is not None:
+        _say(f"MLP neurons in the same place: {_share(report.same_neurons)} of a sample")
+    colour = {"compatible": "green", "doubtful": "yellow", "incompatible": "red"}[report.verdict]
+    _say(f"[bold {colour}]{report.verdict}[/]")
+    if report.verdict == "doubtful":
+        for reason in report.reasons:
+            _say(f"  {escape(reason)}")
+    if report.verdict == "incompatible" and not any(p.severity == "error" for p in report.problems):
+        for reason in report.reasons:
+            _say(f"  {escape(reason)}")
+
+
+def show_extract(report: ExtractReport) -> None:
+    _problems(report.warnings)
+    rows = []
+    for kind, part in report.by_kind().items():
+        n, moved, stored = (sum(getattr(r, key) for r in part) for key in ("elements", "moved", "bytes"))
+        norm = sum(r.norm**2 for r in part) ** 0.5
+        rows.append([kind, count(len(part)), short_count(n), _percent(moved, n), magnitude(norm), size(stored)])
+    n = report.elements
+    share = _percent(report.moved, n)
+    rows.append(["total", count(len(report.rows)), short_count(n), share, magnitude(report.norm), size(report.bytes)])
+    _table(["module", "tensors", "parameters", "moved", "norm", "stored"], rows)
+    _say(f"{report.bytes / n if n else 0:.3f} bytes a parameter")
+    if report.exact is True:
+        _say("[green]exact[/]: negative + vector == positive, bit for bit")
+    elif report.exact is False:
+        inexact = sum(row.inexact for row in report.rows)
+        _say(f"[red]not exact[/]: {count(inexact)} elements of F64 tensors are not given back bit for bit")
+    _say(f"written to {escape(str(report.path))}")
+
+
+def _rounding_cells(name: str, r: Rounding) -> list[str]:
+    lost = "-" if r.lost_share is None else _share(r.lost_share)
+    return [name, short_count(r.updated), lost, _number(r.cosine), _number(r.norm_ratio)]
+
+
+def show_apply(report: ApplyReport) -> None:
+    _problems(report.warnings)
+    kinds = report.by_kind()
+    if kinds:
+        rows = [_rounding_cells(kind, part) for kind, part in kinds.items()]
+        rows.append(_rounding_cells("total", report.rounding))
+        _table(["realised change", "updated", "lost to rounding", "cosine", "norm ratio"], rows)
+        lost = report.rounding.lost_share
+        if lost is not None and lost > 0.25:
+            _say("[yellow]many updates were too small for the output's dtype[/]: --out-dtype float32 keeps them")
+    changed = sum(1 for t in report.tensors if t.rounding is not None and t.rounding.updated)
+    _say(f"{count(changed)} tensors updated, {count(len(report.tensors) - changed)} as they were")
+    _say(f"written to {escape(str(report.path))}")
+
+
+def show_plan(plan: ApplyPlan) -> None:
+    _problems(plan.problems)
+    actions: dict[tuple[str, str], int] = {}
+    for t in plan.tensors:
+        key = (t.action, t.why or "")
+        actions[key] = actions.get(key, 0) + 1
+    _table(["action", "why", "tensors"], [[a, w, count(n)] for (a, w), n in actions.items()])
+    _say(
+        f"reads {size(plan.read_bytes)}, writes {size(plan.written_bytes)} "
+        f"({size(plan.free_disk)} free), holds at most {size(plan.peak_memory)}"
+    )
+    errors = plan.errors
+    _say(f"[red]would stop: {len(errors)} errors[/]" if errors else "[green]would run[/]")
+
+
+def show_undo(report: UndoReport) -> None:
+    origin = "copied from its source" if report.origin == "source" else "rebuilt from the residual"
+    _say(f"{count(report.tensors)} tensors {origin}, digests as recorded; written to {escape(str(report.path))}")
+
+
+def show_inspection(report: Inspection, html: Path | None) -> None:
+    moved = "moved" if report.what == "vector" else "non-zero"
+
+    def cells(name: str, g: GroupMeasure) -> list[str]:
+        return [name, short_count(g.elements), _share(g.moved_share), magnitude(g.norm), magnitude(g.rms), magnitude(g.max)]
+
+    columns = ["", "parameters", moved, "norm", "rms", "largest"]
+    kinds = [cells(kind, group) for kind, group in report.by_kind().items()]
+    _table(["module", *columns[1:]], [*kinds, cells("total", report.totals())])
+    layers = {layer: group for layer, group in report.by_layer().items() if layer is not None}
+    if layers:
+        _say("")
+        _table(["layer", *columns[1:]], [cells(str(layer), group) for layer, group in layers.items()])
+    _say("")
+    largest = [
+        [t.name, magnitude(t.norm), _share(t.moved_share), magnitude(t.max), "-" if t.max_at is None else count(t.max_at)]
+        for t in report.largest(10)
+    ]
+    _table(["largest tensors", "norm", moved, "largest", "at"], largest)
+    if html is not None:
+        _say(f"page written to {escape(str(html))}")
+
+
+def show_comparison(report: Comparison) -> None:
+    def cells(name: str, pair: Pair) -> list[str]:
+        signs = "-" if pair.sign_agreement is None else _share(pair.sign_agreement)
+        overlap = "-" if pair.overlap is None else _share(pair.overlap)
+        return [name, _number(pair.cosine), signs, overlap, magnitude(pair.first_norm), magnitude(pair.second_norm)]
+
+    columns = ["cosine", "same sign", "overlap", "norm 1", "norm 2"]
+    kinds = [cells(kind, pair) for kind, pair in report.by_kind().items()]
+    _table(["module", *columns], [*kinds, cells("total", report.total)])
+    layers = [cells(layer, pair) for layer, pair in report.by_layer().items()]
+    if layers:
+        _say("")
+        _table(["layer", *columns], layers)
+
+
+def show_verify(report: VerifyReport) -> None:
+    for line in report.damage:
+        _say(f"[red]damaged[/]: {escape(line)}")
+    if report.ok:
+        files = f" and {count(report.files)} files" if report.files else ""
+        _say(f"[green]whole[/]: {count(report.tensors)} tensors{files} have their {report.algorithm} digests")
+
+
+def show_diff(report: DiffReport) -> None:
+    rows = []
+    for t in report.tensors:
+        if t.why is not None:
+            rows.append([t.name, "-", "-", t.why])
+        elif t.differing:
+            rows.append([t.name, count(t.differing), _percent(t.differing, t.elements), f"first at {t.first}"])
+    if rows:
+        _table(["tensor", "differing", "share", ""], rows)
+    share = _percent(report.differing, report.elements)
+    if report.same:
+        _say(f"[green]the same[/]: {short_count(report.elements)} elements, bit for bit")
+    else:
+        _say(f"{count(report.differing)} of {count(report.elements)} elements differ ({share})")

@@ -1,0 +1,179 @@
+"""The way back from an output to the target it was made of, bit for bit.
+
+Subtracting a vector is not undoing: (t + v) - v gives t back for 97.6 to 99.1 % of bf16 elements. So the
+target is copied from where it still is, if its digests are those of the record, or rebuilt from the
+exact residual that `apply --keep-undo` stored.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from reasonvec import _reasonvec as core
+from reasonvec.destination import UNDO, Destination
+from reasonvec.errors import DamageError, ReasonvecError
+from reasonvec.folders import CheckpointFolder, VectorFolder, read_json
+from reasonvec.run import RunOptions, settings
+from reasonvec.terms import Json, Operands
+from reasonvec.verify import read_manifest
+
+__all__ = ["UndoOptions", "UndoReport", "undo"]
+
+
+class UndoOptions(RunOptions, total=False):
+    """Keywords of `undo`."""
+
+    source: Path
+    """Where the target is now, if it has moved."""
+    overwrite: bool
+    """Replace an earlier output of reasonvec in the folder."""
+    sync: bool
+    """Whether files are flushed to the disk before they get their final names (default True)."""
+
+
+@dataclass(frozen=True, slots=True)
+class UndoReport:
+    """Where the target came from."""
+
+    path: Path
+    origin: Literal["source", "residual"]
+    tensors: int
+
+    def as_json(self) -> Json:
+        return {"path": str(self.path), "origin": self.origin, "tensors": self.tensors}
+
+
+def undo(folder: Path, out: Path, options: UndoOptions) -> UndoReport:
+    """Give back the target of an output of `apply`.
+
+    Raises:
+        ReasonvecError: neither the source nor a residual is to be had.
+        DamageError: what came out is not what the record says the target was.
+        OSError: a file cannot be read or written.
+    """
+    manifest = read_manifest(folder)
+    inputs: list[dict[str, object]] = manifest["inputs"]  # type: ignore[assignment]
+    number = manifest["target"]
+    recorded = inputs[number if isinstance(number, int) else 0]
+    digests: dict[str, str] = recorded["tensors"]  # type: ignore[assignment]
+    algorithm = str(manifest["digest"])
+    said = Path(str(recorded["path"]))
+    source = options.get("source", said if said.is_absolute() else folder / said)
+    why = _unlike(source, digests, algorithm, options)
+    if why is None:
+        return _copy(CheckpointFolder(source), out, options)
+    if "source" in options:
+        message = f"{source}: is not the target of {folder}: {why}"
+        raise ReasonvecError(message)
+    if (folder / UNDO).is_dir():
+        return _rebuild(folder, out, digests, algorithm, options)
+    message = (
+        f"{folder}: its target is not where it was ({source}: {why}), and no residual was stored (apply "
+        "--keep-undo does); name the target with --source"
+    )
+    raise ReasonvecError(message)
+
+
+def _unlike(source: Path, digests: dict[str, str], algorithm: str, options: RunOptions) -> str | None:
+    """Why a folder is not the recorded target; None if it is."""
+    if not source.exists():
+        return "it is not there"
+    try:
+        folder = CheckpointFolder(source)
+    except (ReasonvecError, OSError) as error:
+        return str(error)
+    names = list(folder.layout.tensors)
+    if set(names) != set(digests):
+        return "it has other tensors than the record"
+    found = core.digest_tensors(
+        folder.handle, names, algorithm, json.dumps(settings(options)), options.get("progress")
+    )
+    for name, digest in zip(names, found, strict=True):
+        if digest != digests[name]:
+            return f"{name} has changed since"
+    return None
+
+
+def _copy(source: CheckpointFolder, out: Path, options: UndoOptions) -> UndoReport:
+    destination = Destination(out, [source], overwrite=options.get("overwrite", False))
+    destination.prepare()
+    sync = options.get("sync", True)
+    names = [*source.handle.shards(), *(path.name for path in source.files())]
+    for name in names:
+        core.copy_whole(source.folder / name, out / name, sync)
+    if source.handle.index is not None:
+        core.copy_whole(source.folder / source.handle.index, out / source.handle.index, sync)
+    return UndoReport(out, "source", len(source.layout.tensors))
+
+
+def _rebuild(
+    folder: Path, out: Path, digests: dict[str, str], algorithm: str, options: UndoOptions
+) -> UndoReport:
+    made = CheckpointFolder(folder)
+    residual = VectorFolder(folder / UNDO)
+    operands = Operands([made, residual])
+    destination = Destination(out, operands.folders, overwrite=options.get("overwrite", False))
+    destination.prepare()
+    dtypes = {str(row["name"]): str(row["dtype"]) for row in residual.rows}
+    shards: list[Json] = []
+    for file in made.handle.shards():
+        tensors: list[Json] = []
+        changed = False
+        for name, info in made.layout.tensors.items():
+            if info.file != file:
+                continue
+            stored = operands.ref(residual, name)
+            same = name not in dtypes or info.dtype.startswith(("I", "U", "B" "OOL"))
+            dtype = dtypes.get(name, info.dtype)
+            changed |= dtype != info.dtype
+            terms = [] if same else [{"coefficient": 1.0, "source": {"stored": stored}}]
+            tensors.append(
+                {
+                    "name": name,
+                    "dtype": dtype,
+                    "shape": list(info.shape),
+                    "target": operands.ref(made, name),
+                    "terms": terms,
+                }
+            )
+        shard: Json = {"file": file, "tensors": tensors}
+        header = folder / UNDO / f"{file}.header"
+        if changed and header.is_file():
+            shard["header_text"] = header.read_text(encoding="utf-8")
+        elif not changed:
+            shard["header_of"] = [0, file]
+        shards.append(shard)
+    sync = options.get("sync", True)
+    plan: Json = {
+        "out": str(out),
+        "digest": algorithm,
+        "allow_nonfinite": True,
+        "shards": shards,
+    } | settings(options, sync=sync)
+    rows = json.loads(core.apply(json.dumps(plan), operands.handles, options.get("progress")))
+    for row in rows:
+        if row["digest"] != digests.get(row["name"]):
+            message = (
+                f"{out}: {row['name']} came out with the digest {row['digest']}, but the target's was "
+                f"{digests.get(row['name'])}; {folder} or its residual was changed after it was written"
+            )
+            raise DamageError(message)
+    _side_files(folder, made, out, sync=sync)
+    (out / core.journal_name()).unlink()
+    return UndoReport(out, "residual", len(rows))
+
+
+def _side_files(folder: Path, made: CheckpointFolder, out: Path, *, sync: bool) -> None:
+    """The target's files: those the output carried on, except where the residual kept another."""
+    kept = {path.name: path for path in (folder / UNDO).iterdir()}
+    output: Json = read_json(folder / "reasonvec.json")["output"]  # type: ignore[assignment]
+    index = made.handle.index
+    names = [name for name in output.get("files", {}) if name != index]  # type: ignore[attr-defined]
+    for name in names:
+        if Path(name).name == name:
+            core.copy_whole(kept.get(name, folder / name), out / name, sync)
+    if index is not None:
+        core.copy_whole(kept.get(index, folder / index), out / index, sync)
