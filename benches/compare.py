@@ -28,13 +28,14 @@ from pathlib import Path
 from statistics import median
 
 import peers
-import reasonvec
 import shapes
 import table
 from measure import Turn, import_seconds, in_turns, peak_anonymous, ratio, run, timed
-from reasonvec.family import Family
 from rich.console import Console
 from table import Row
+
+import reasonvec
+from reasonvec.family import Family
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "benches" / ".cache"

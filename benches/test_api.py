@@ -6,8 +6,9 @@ import itertools
 from pathlib import Path
 
 import pytest
-import reasonvec as rv
 from pytest_benchmark.fixture import BenchmarkFixture
+
+import reasonvec as rv
 from reasonvec.family import Family, make_family
 
 

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bf16::Work;
 use crate::operand::{Reader, Term, first_nonfinite};
-use crate::plan::{Operands, Settings, TermPlan};
+use crate::plan::{Operands, Settings, TermPlan, noises, scale_noise};
 use crate::simd::Level;
 use crate::simd::dispatch::{self, MICRO};
 use crate::store::digest::BlockHash;
@@ -114,6 +114,9 @@ pub fn measure(plan: &MeasurePlan, operands: Operands<'_>, control: &Control) ->
         bytes += terms().flat_map(Term::sources).map(|s| s.stored_bytes() + s.tensors().iter().map(|t| t.entry.end - t.entry.begin).sum::<u64>()).sum::<u64>();
         jobs.push(Job { quantities, double });
     }
+    let named = jobs.iter_mut().zip(&plan.tensors);
+    let noises = named.flat_map(|(j, t)| noises(&t.name, t.elements, j.double, j.quantities.iter_mut().flatten())).collect();
+    scale_noise(noises, plan.allow_nonfinite, &plan.settings, control)?;
     let grid = Grid::new(plan.tensors.iter().map(|t| t.elements).collect(), 1);
     let budget = Budget::share(plan.settings.memory_budget, plan.settings.threads(), 0, per_block.max(1));
     let results: Vec<Mutex<Vec<Option<Measured>>>> =
@@ -225,12 +228,20 @@ fn sum_max<W: Work>(sum: &Measured, i: usize) -> W {
 ///
 /// # Errors
 /// As [`measure`].
-pub fn values(terms: &[TermPlan], name: &str, elements: u64, range: std::ops::Range<u64>, operands: Operands<'_>) -> Result<Vec<f32>> {
+pub fn values(
+    terms: &[TermPlan],
+    name: &str,
+    elements: u64,
+    range: std::ops::Range<u64>,
+    operands: Operands<'_>,
+    control: &Control,
+) -> Result<Vec<f32>> {
     let level = Level::current()?;
     if range.start > range.end || range.end > elements {
         return Err(Error::mismatch(name, format!("elements {}..{} of {elements}", range.start, range.end)));
     }
-    let terms: Vec<Term> = terms.iter().map(|t| operands.term(t, name, elements)).collect::<Result<_>>()?;
+    let mut terms: Vec<Term> = terms.iter().map(|t| operands.term(t, name, elements)).collect::<Result<_>>()?;
+    scale_noise(noises(name, elements, false, &mut terms), true, &Settings::default(), control)?;
     let pool = Pool::default();
     let mut out = vec![0f32; (range.end - range.start) as usize];
     // Block by block, because controls are defined on blocks.

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::bf16::Work;
 use crate::dtype::{Class, Dtype};
-use crate::operand::{Placement, Segment, Source, Substitute, Term};
+use crate::operand::{Placement, Segment, Source, Substitute, Term, first_nonfinite};
 use crate::simd::{Level, dispatch};
 use crate::store::map::Pool;
 use crate::store::{Algorithm, Checkpoint, TensorView};
@@ -97,6 +98,12 @@ pub struct Settings {
 
 fn yes() -> bool {
     true
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { threads: 0, memory_budget: 64 << 20, sync: true, resume: false }
+    }
 }
 
 impl Settings {
@@ -233,48 +240,92 @@ fn float(tensor: TensorView) -> Result<TensorView> {
     }
 }
 
+/// Norm-matched noise that waits for its scale.
+#[derive(Debug)]
+pub struct Noise<'t> {
+    name: String,
+    elements: u64,
+    double: bool,
+    seed: u64,
+    term: &'t mut Term,
+}
+
+/// The random controls among some terms of a tensor that is combined in f64, or (not `double`) in f32.
+pub fn noises<'t>(name: &str, elements: u64, double: bool, terms: impl IntoIterator<Item = &'t mut Term>) -> Vec<Noise<'t>> {
+    let random = |term: &'t mut Term| match term.substitute {
+        Some(Substitute::Random { seed, .. }) => Some(Noise { name: name.to_owned(), elements, double, seed, term }),
+        _ => None,
+    };
+    terms.into_iter().filter_map(random).collect()
+}
+
 /// Measures the vectors that norm-matched noise stands in for, and the noise, and sets the scales. One pass over those vectors.
 ///
 /// # Errors
-/// Whatever reading them fails with.
-pub fn scale_noise(
-    terms: &mut [(String, &mut Term, u64, u64)],
-    settings: &Settings,
-    control: &Control,
-) -> Result<()> {
+/// Whatever reading them fails with; [`Error::NonFinite`], which noise would hide, unless it is allowed.
+pub fn scale_noise(noises: Vec<Noise<'_>>, allow_nonfinite: bool, settings: &Settings, control: &Control) -> Result<()> {
+    if noises.is_empty() {
+        return Ok(());
+    }
     let level = Level::current()?;
-    let grid = Grid::new(terms.iter().map(|(_, _, n, _)| *n).collect(), 1);
+    let grid = Grid::new(noises.iter().map(|n| n.elements).collect(), 1);
     let sums: Vec<std::sync::Mutex<Vec<[f64; 2]>>> =
-        (0..terms.len()).map(|i| vec![[0.0; 2]; grid.tiles_of(i)].into()).collect();
-    let plain: Vec<Term> = terms
-        .iter()
-        .map(|(_, t, _, _)| Term { coefficient: 1.0, placement: t.placement.clone(), substitute: None })
-        .collect();
+        (0..noises.len()).map(|i| vec![[0.0; 2]; grid.tiles_of(i)].into()).collect();
+    let plain: Vec<Term> =
+        noises.iter().map(|n| Term { coefficient: 1.0, placement: n.term.placement.clone(), substitute: None }).collect();
     let budget = Budget::share(settings.memory_budget, settings.threads(), BLOCK * 16, BLOCK * 8);
     pass::run(
         &grid,
         budget.threads,
         control,
-        || (Pool::default(), vec![0f64; BLOCK as usize], vec![0f64; BLOCK as usize]),
+        || (Pool::default(), Vec::<f32>::new(), Vec::<f64>::new()),
         |tile| plain[tile.tensor].prefetch(tile.elements.clone()),
-        |(pool, v, z), _, tile| {
-            let n = (tile.elements.end - tile.elements.start) as usize;
-            let (name, _, _, seed) = &terms[tile.tensor];
-            plain[tile.tensor].open::<f64>(tile.elements.clone(), pool)?.add(level, &mut v[..n], tile.elements.clone(), true)?;
-            dispatch::normal(level, &mut z[..n], Substitute::generator(*seed, name), tile.elements.start, 1.0);
-            let square = |x: &[f64]| x.chunks(dispatch::MICRO).map(|m| dispatch::dot(level, m, m)).sum::<f64>();
-            let both = [square(&v[..n]), square(&z[..n])];
-            let block = (tile.elements.start / BLOCK) as usize;
-            sums[tile.tensor].lock().unwrap_or_else(std::sync::PoisonError::into_inner)[block] = both;
+        |(pool, single, double), _, tile| {
+            let (noise, term) = (&noises[tile.tensor], std::slice::from_ref(&plain[tile.tensor]));
+            let range = tile.elements.clone();
+            let vector = if noise.double {
+                squares(&noise.name, term, level, range.clone(), pool, double, allow_nonfinite)?
+            } else {
+                squares(&noise.name, term, level, range.clone(), pool, single, allow_nonfinite)?
+            };
+            double.resize((range.end - range.start) as usize, 0.0);
+            dispatch::normal(level, double, Substitute::generator(noise.seed, &noise.name), range.start, 1.0);
+            let block = (range.start / BLOCK) as usize;
+            sums[tile.tensor].lock().unwrap_or_else(std::sync::PoisonError::into_inner)[block] = [vector, sum_of_squares(level, double)];
             Ok(())
         },
     )?;
-    for ((name, term, _, seed), sums) in terms.iter_mut().zip(sums) {
+    for (noise, sums) in noises.into_iter().zip(sums) {
         let sums = sums.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         let (v, z) = sums.iter().fold((0.0, 0.0), |(v, z), s| (v + s[0], z + s[1]));
-        term.substitute = Some(Substitute::random(*seed, name, v, z));
+        noise.term.substitute = Some(Substitute::random(noise.seed, &noise.name, v, z));
     }
     Ok(())
+}
+
+fn sum_of_squares<W: Work>(level: Level, x: &[W]) -> f64 {
+    x.chunks(dispatch::MICRO).map(|m| dispatch::dot(level, m, m)).sum()
+}
+
+/// The sum of squares of one term over some elements.
+fn squares<W: Work>(
+    name: &str,
+    term: &[Term],
+    level: Level,
+    range: std::ops::Range<u64>,
+    pool: &Pool,
+    buffer: &mut Vec<W>,
+    allow_nonfinite: bool,
+) -> Result<f64> {
+    buffer.resize((range.end - range.start) as usize, W::ZERO);
+    term[0].open::<W>(range.clone(), pool)?.add(level, buffer, range.clone(), true)?;
+    let sum = sum_of_squares(level, buffer);
+    if !sum.is_finite() && !allow_nonfinite {
+        if let Some(error) = first_nonfinite::<W>(name, &[], term, level, range, pool)? {
+            return Err(error);
+        }
+    }
+    Ok(sum)
 }
 
 /// The format of a name in a plan.

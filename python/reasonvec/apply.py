@@ -12,14 +12,16 @@ from typing import Literal, TypeAlias
 
 from reasonvec import _reasonvec as core
 from reasonvec.algebra import Difference, Point, Scaled, Vector
-from reasonvec.compat import MissingPolicy, Problem, VocabPolicy, demand
+from reasonvec.compat.alignment import MissingPolicy
+from reasonvec.compat.layout import FLOATS
+from reasonvec.compat.problem import Problem, demand
+from reasonvec.compat.rows import VocabPolicy
 from reasonvec.destination import MANIFEST, UNDO, Destination, relative, write_json
 from reasonvec.errors import ReasonvecError
 from reasonvec.extract import ExtractOptions, write_vector
 from reasonvec.folders import CheckpointFolder, VectorFolder, read_json
-from reasonvec.compat.layout import FLOATS
 from reasonvec.memory import anonymous_bytes
-from reasonvec.compat.names import kind_of
+from reasonvec.names import kind_of
 from reasonvec.rounding import Rounding
 from reasonvec.run import DigestName, RunOptions, settings
 from reasonvec.terms import Json, Operands, elements, place_term

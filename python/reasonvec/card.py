@@ -13,7 +13,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 from reasonvec.errors import FormatError
 from reasonvec.inspection import GroupMeasure, Inspection, TensorMeasure
-from reasonvec.compat.names import kind_of, layer_of
+from reasonvec.names import kind_of, layer_of
 from reasonvec.wording import (
     count,
     legible,

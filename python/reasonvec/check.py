@@ -17,10 +17,14 @@ from numpy.typing import NDArray
 
 from reasonvec import _reasonvec as core
 from reasonvec.algebra import Checkpoint, Difference, Scaled
-from reasonvec.compat import MissingPolicy, Problem, VocabPolicy, donor_problems, kind_of, layer_of
+from reasonvec.compat.alignment import MissingPolicy
+from reasonvec.compat.donors import donor_problems
 from reasonvec.compat.layout import FLOATS
+from reasonvec.compat.problem import Problem
+from reasonvec.compat.rows import VocabPolicy
 from reasonvec.folders import CheckpointFolder
 from reasonvec.measure import Measured, Quantities, measure
+from reasonvec.names import kind_of, layer_of
 from reasonvec.run import RunOptions
 from reasonvec.terms import Json, Operands, elements, negative_names, place_term
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from reasonvec.errors import ReasonvecError
-from reasonvec.compat.names import kind_of, layer_of
+from reasonvec.names import kind_of, layer_of
 
 __all__ = ["AlphaFor", "Constant", "Factor", "Function", "Ramp", "Where", "coefficient", "pattern"]
 

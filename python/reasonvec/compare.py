@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Unpack
 
 from reasonvec.algebra import Vector
-from reasonvec.compat import Problem, demand, kind_of, layer_of
+from reasonvec.compat.problem import Problem, demand
 from reasonvec.errors import MismatchError
 from reasonvec.measure import Measured, Quantities, measure
+from reasonvec.names import kind_of, layer_of
 from reasonvec.run import RunOptions
 from reasonvec.terms import Json, Operands, elements, leaf_layout, vector_quantity
 

@@ -12,10 +12,11 @@ from typing import Literal, TypeAlias
 from reasonvec import _reasonvec as core
 from reasonvec.algebra import Difference, Vector
 from reasonvec.card import vector_card
-from reasonvec.compat import Problem, demand, kind_of
+from reasonvec.compat.problem import Problem, demand
 from reasonvec.destination import Destination, relative
 from reasonvec.errors import MismatchError
 from reasonvec.folders import CheckpointFolder, VectorFolder, read_json
+from reasonvec.names import kind_of
 from reasonvec.run import DigestName, RunOptions, settings
 from reasonvec.terms import Json, Operands, leaf_layout, sum_terms
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from reasonvec import _reasonvec as core
-from reasonvec.errors import FormatError
 from reasonvec.compat.layout import Layout, TensorInfo
+from reasonvec.errors import FormatError
 
 if TYPE_CHECKING:
     from reasonvec._reasonvec import Tensor

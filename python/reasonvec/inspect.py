@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Unpack
 
 from reasonvec.algebra import Difference, Vector
-from reasonvec.compat import demand, kind_of, layer_of
 from reasonvec.compat.layout import FLOATS, Layout
+from reasonvec.compat.problem import demand
 from reasonvec.extract import Row
 from reasonvec.folders import CheckpointFolder, VectorFolder
 from reasonvec.inspection import Inspection, TensorMeasure
 from reasonvec.measure import Quantities, measure
+from reasonvec.names import kind_of, layer_of
 from reasonvec.run import RunOptions
 from reasonvec.terms import Json, Operands, elements, leaf_layout, vector_quantity
 

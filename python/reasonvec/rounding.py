@@ -22,10 +22,11 @@ class Rounding:
     lost: int = 0
 
     @classmethod
-    def of(cls, row: Mapping[str, float]) -> Rounding:
-        return cls(
-            row["intended"], row["realised"], row["dot"], int(row["updated"]), int(row["lost"])
-        )
+    def of(cls, row: Mapping[str, float | None]) -> Rounding:
+        """From the core's report; a sum that is not finite comes as None, and is NaN here."""
+        sums = (row[key] for key in ("intended", "realised", "dot"))
+        intended, realised, dot = (math.nan if x is None else x for x in sums)
+        return cls(intended, realised, dot, int(row["updated"] or 0), int(row["lost"] or 0))
 
     @classmethod
     def total(cls, parts: Iterable[Rounding]) -> Rounding:
@@ -57,11 +58,16 @@ class Rounding:
         return self.lost / self.updated if self.updated else None
 
     def as_json(self) -> dict[str, object]:
+        """For a manifest: None where there is no number, because JSON has no NaN."""
+
+        def number(x: float | None) -> float | None:
+            return x if x is not None and math.isfinite(x) else None
+
         return {
-            "intended_norm": math.sqrt(self.intended),
-            "realised_norm": math.sqrt(self.realised),
-            "cosine": self.cosine,
-            "norm_ratio": self.norm_ratio,
+            "intended_norm": number(math.sqrt(self.intended)),
+            "realised_norm": number(math.sqrt(self.realised)),
+            "cosine": number(self.cosine),
+            "norm_ratio": number(self.norm_ratio),
             "updated": self.updated,
             "lost": self.lost,
             "lost_share": self.lost_share,

@@ -10,17 +10,14 @@ from reasonvec._reasonvec import Checkpoint as CoreCheckpoint
 from reasonvec._reasonvec import VectorFolder as CoreVector
 from reasonvec.algebra import Difference, Leaf, Scaled, Vector
 from reasonvec.coefficients import coefficient
-from reasonvec.compat import (
-    MissingPolicy,
-    Placement,
-    Problem,
-    VocabPolicy,
-    align,
-    donor_problems,
-    layer_of,
-)
-from reasonvec.folders import CheckpointFolder, VectorFolder
+from reasonvec.compat.alignment import MissingPolicy, align
+from reasonvec.compat.donors import donor_problems
 from reasonvec.compat.layout import FLOATS, Layout, text_config
+from reasonvec.compat.placement import Placement
+from reasonvec.compat.problem import Problem
+from reasonvec.compat.rows import VocabPolicy
+from reasonvec.folders import CheckpointFolder, VectorFolder
+from reasonvec.names import layer_of
 
 __all__ = [
     "Json",

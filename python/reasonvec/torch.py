@@ -20,8 +20,8 @@ import torch
 
 from reasonvec import _reasonvec as core
 from reasonvec.algebra import Vector
-from reasonvec.compat import demand
 from reasonvec.compat.layout import Layout, TensorInfo
+from reasonvec.compat.problem import demand
 from reasonvec.errors import MismatchError, NonFiniteError
 from reasonvec.terms import Json, Operands, place_term
 

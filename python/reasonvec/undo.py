@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 from reasonvec import _reasonvec as core
 from reasonvec.destination import UNDO, Destination
@@ -46,7 +46,7 @@ class UndoReport:
         return {"path": str(self.path), "origin": self.origin, "tensors": self.tensors}
 
 
-def undo(folder: Path, out: Path, options: UndoOptions) -> UndoReport:
+def undo(folder: Path, out: Path, **options: Unpack[UndoOptions]) -> UndoReport:
     """Give back the target of an output of `apply`.
 
     Raises:

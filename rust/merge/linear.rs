@@ -12,15 +12,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::bf16::{Element, Work};
 use crate::dtype::{Class, Dtype};
-use crate::operand::{Reader, Substitute, Term, first_nonfinite};
-use crate::plan::{Operands, Ref, Settings, TermPlan, dtype, scale_noise};
+use crate::operand::{Reader, Term, first_nonfinite};
+use crate::plan::{Operands, Ref, Settings, TermPlan, dtype, noises, scale_noise};
 use crate::simd::dispatch::{self, MICRO, Rounding, with_element};
 use crate::simd::Level;
 use crate::store::digest::BlockHash;
 use crate::store::header::Header;
 use crate::store::journal::Journal;
 use crate::store::map::{FileMap, Pool};
-use crate::store::writer::Writer;
+use crate::store::writer::{self, Writer};
 use crate::store::{Algorithm, TensorView};
 use crate::stream::{BLOCK, Budget, Control, Grid, Tile, pass};
 use crate::vector::wide::corrected;
@@ -342,7 +342,8 @@ pub fn apply(plan: &ApplyPlan, operands: Operands<'_>, control: &Control) -> Res
     let level = Level::current()?;
     let mut prepared = prepare(plan, operands)?;
     operands.verify_vectors(&plan.settings, control)?;
-    measure_noise(plan, &mut prepared.jobs, control)?;
+    let noises = prepared.jobs.iter_mut().flat_map(|j| noises(&j.name, j.elements, j.double, &mut j.terms)).collect();
+    scale_noise(noises, plan.allow_nonfinite, &plan.settings, control)?;
     let Prepared { jobs, headers, lengths } = prepared;
     let budget = share_budget(&jobs, &plan.settings);
     let fingerprint = fingerprint(plan, operands)?;
@@ -359,10 +360,15 @@ pub fn apply(plan: &ApplyPlan, operands: Operands<'_>, control: &Control) -> Res
     for (i, shard) in plan.shards.iter().enumerate() {
         let left = todo.iter().filter(|j| j.shard == i).count();
         let path = plan.out.join(&shard.file);
-        let finished = left == 0 && !shard.tensors.is_empty() && path.exists();
+        let partial = writer::partial_of(&path).exists();
+        let finished = left == 0 && !shard.tensors.is_empty() && !partial && path.exists();
         let writer = if finished {
             None
         } else {
+            if !partial && left < shard.tensors.len() {
+                // Some of its tensors are right and some are not (the disk lost lines of the journal, or bytes): what is right stays.
+                writer::take_back(&path)?;
+            }
             let writer = Writer::create(&path, lengths[i])?;
             writer.write_at(&headers[i], 0)?;
             Some(std::sync::Arc::new(writer))
@@ -432,7 +438,7 @@ fn still_true(lines: Vec<Done>, plan: &ApplyPlan, jobs: &[Job], control: &Contro
         let Some(job) = by_name.get(line.name.as_str()) else { continue };
         let map = maps.entry(line.file.clone()).or_insert_with(|| {
             let path = plan.out.join(&line.file);
-            let partial = path.with_file_name(format!("{}{}", line.file, crate::store::writer::PARTIAL));
+            let partial = writer::partial_of(&path);
             [partial, path].iter().find_map(|p| FileMap::open(p).ok()).map(std::sync::Arc::new)
         });
         if let Some(map) = map {
@@ -444,18 +450,6 @@ fn still_true(lines: Vec<Done>, plan: &ApplyPlan, jobs: &[Job], control: &Contro
     let tensors: Vec<&TensorView> = views.iter().map(|(v, _)| v).collect();
     let digests = crate::inspect::digests(&tensors, plan.digest, &plan.settings, control)?;
     Ok(views.into_iter().zip(digests).filter(|((_, l), d)| l.digest == *d).map(|((_, l), _)| (l.name.clone(), l)).collect())
-}
-
-fn measure_noise(plan: &ApplyPlan, jobs: &mut [Job], control: &Control) -> Result<()> {
-    let mut noisy = Vec::new();
-    for job in jobs {
-        for term in &mut job.terms {
-            if let Some(Substitute::Random { seed, .. }) = term.substitute {
-                noisy.push((job.name.clone(), term, job.elements, seed));
-            }
-        }
-    }
-    if noisy.is_empty() { Ok(()) } else { scale_noise(&mut noisy, &plan.settings, control) }
 }
 
 #[derive(Default)]
@@ -588,7 +582,7 @@ impl Run<'_> {
                     let place = (from - tile.elements.start) as usize;
                     let out = &mut out[place * O::SIZE..(place + u.len()) * O::SIZE];
                     let wide = &mut wide_target[..u.len()];
-                    let finite = match &target {
+                    let mut finite = match &target {
                         Some((t, window)) => {
                             let size = t.dtype().size();
                             let bytes = &window[place * size..(place + u.len()) * size];
@@ -604,16 +598,20 @@ impl Run<'_> {
                             dispatch::finish_as::<O, W>(level, out, wide, u)
                         }
                     };
-                    if !finite && !self.plan.allow_nonfinite {
-                        return Err(blame::<O, W>(job, level, from, out, wide, u, pool));
-                    }
                     let here = pending.partition_point(|&(p, _)| range.start + u64::from(p) < from + u.len() as u64);
                     for &(p, correction) in &pending[..here] {
                         let i = (range.start + u64::from(p) - from) as usize;
                         let value = corrected::<O>(wide[i].to_f64(), u[i].to_f64(), correction);
                         value.store(&mut out[i * O::SIZE..(i + 1) * O::SIZE]);
                     }
+                    if here > 0 {
+                        // A correction can decide on which side of the largest number a sum falls.
+                        finite = out.chunks_exact(O::SIZE).all(|o| O::load(o).finite());
+                    }
                     pending = &pending[here..];
+                    if !finite && !self.plan.allow_nonfinite {
+                        return Err(blame::<O, W>(job, level, from, out, wide, u, pool));
+                    }
                     sums.join(&dispatch::rounding::<O, W>(level, wide, out, u));
                 }
                 at = end;

@@ -17,7 +17,8 @@ pub struct Writer {
     path: PathBuf,
 }
 
-fn partial_of(path: &Path) -> PathBuf {
+/// What a file is called until it is whole.
+pub fn partial_of(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_os_string();
     name.push(PARTIAL);
     path.with_file_name(name)
@@ -155,6 +156,14 @@ impl Writer {
         std::fs::rename(&self.partial, &path).map_err(|e| Error::io(&path, "rename the finished file to", e))?;
         if sync { sync_folder(&path) } else { Ok(()) }
     }
+}
+
+/// Takes a finished file's name away again, because something in it has to be written anew.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn take_back(path: &Path) -> Result<()> {
+    std::fs::rename(path, partial_of(path)).map_err(|e| Error::io(path, "rename", e))
 }
 
 /// Writes a small file whole, or not at all.

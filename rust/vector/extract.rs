@@ -12,7 +12,7 @@ use super::wide::correction;
 use crate::bf16::{Element, Work};
 use crate::dtype::Dtype;
 use crate::operand::{Placement, Reader, Source, Term, first_nonfinite};
-use crate::plan::{Operands, Ref, Settings, TermPlan, dtype};
+use crate::plan::{Operands, Ref, Settings, TermPlan, dtype, noises, scale_noise};
 use crate::simd::Level;
 use crate::simd::dispatch::{self, MICRO, with_element};
 use crate::store::map::Pool;
@@ -133,8 +133,10 @@ fn prepare(plan: &ExtractPlan, operands: Operands<'_>) -> Result<Vec<Job>> {
 /// keeps a name.
 pub fn extract(plan: &ExtractPlan, operands: Operands<'_>, control: &Control) -> Result<Vec<Row>> {
     let level = Level::current()?;
-    let jobs = prepare(plan, operands)?;
+    let mut jobs = prepare(plan, operands)?;
     operands.verify_vectors(&plan.settings, control)?;
+    let noises = jobs.iter_mut().flat_map(|j| noises(&j.name, j.elements, j.double, &mut j.terms)).collect();
+    scale_noise(noises, plan.allow_nonfinite, &plan.settings, control)?;
     let assembly = Assembly::new(&plan.out, plan.digest, plan.settings.sync, plan.shard_bytes, jobs.iter().map(|j| j.name.as_str()));
     let per_block = jobs.iter().map(block_memory).max().unwrap_or(1);
     let fixed = (MICRO * 24) as u64 + (1 << 16) * 5;

@@ -17,6 +17,7 @@ pub struct Wide {
     at: TensorView,
     lo: TensorView,
     starts: Vec<u64>,
+    elements: u64,
 }
 
 /// `round((t + u) + correction)`, straight from f64; a zero takes the correction's sign.
@@ -55,16 +56,26 @@ impl Wide {
         if starts[0] != 0 || !starts.is_sorted() || total > lo.elements() || total > at.elements() || total != row.wide {
             return Err(Error::Usage("wide_starts does not count wide_at and wide_lo".into()));
         }
-        Ok(Some(Self { at, lo, starts }))
+        Ok(Some(Self { at, lo, starts, elements: row.elements }))
     }
 
     /// The corrections of a block times a coefficient, added to `into`.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`] if their positions do not ascend inside the block.
     pub(super) fn read(&self, block: u64, coefficient: f64, pool: &Pool, into: &mut Vec<(u32, f64)>) -> Result<()> {
         let (start, end) = (self.starts[block as usize], self.starts[block as usize + 1]);
         let at = self.at.window(start..end, pool)?;
         let lo = self.lo.window(start..end, pool)?;
+        let room = (self.elements - block * BLOCK).min(BLOCK);
+        let mut least = 0;
         for (at, lo) in at.chunks_exact(4).zip(lo.chunks_exact(8)) {
             let position = u32::from_le_bytes([at[0], at[1], at[2], at[3]]);
+            if u64::from(position) < least || u64::from(position) >= room {
+                let problem = format!("{:?}: the places of block {block} do not ascend inside it; the file is damaged", self.at.entry.name);
+                return Err(Error::format(self.at.map().path(), problem));
+            }
+            least = u64::from(position) + 1;
             into.push((position, coefficient * f64::load(lo)));
         }
         Ok(())

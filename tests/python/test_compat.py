@@ -14,24 +14,18 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reasonvec.compat import (
-    Alignment,
-    Placement,
-    Problem,
-    Segment,
-    VocabPolicy,
-    align,
-    compare_configs,
-    demand,
-    donor_problems,
-    fold,
-    kind_of,
-    layer_of,
-)
-from reasonvec.errors import FormatError, MismatchError, ReasonvecError
+
+from reasonvec.compat.alignment import Alignment, align
+from reasonvec.compat.configs import compare_configs
+from reasonvec.compat.donors import donor_problems
 from reasonvec.compat.experts import LAYOUTS, REFUSED
 from reasonvec.compat.layout import Layout, TensorInfo
+from reasonvec.compat.placement import Placement, Segment
+from reasonvec.compat.problem import Problem, demand, fold
+from reasonvec.compat.rows import VocabPolicy
 from reasonvec.compat.tokenizer import compare_tokens, read_tokens, same_bytes
+from reasonvec.errors import FormatError, MismatchError, ReasonvecError
+from reasonvec.names import kind_of, layer_of
 
 Shape = tuple[int, ...]
 

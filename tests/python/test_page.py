@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reasonvec.page.colour_scale import DARK, LIGHT, STEPS, Scale
 from reasonvec.inspection import Inspection, TensorMeasure
 from reasonvec.page import inspection_page
+from reasonvec.page.colour_scale import DARK, LIGHT, STEPS, Scale
 
 HOSTILE = (
     "</style></script><script>alert(1)</script><img src=x onerror=alert(2)>"

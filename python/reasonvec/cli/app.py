@@ -1,450 +1,439 @@
-"""The commands."""
+"""The commands: a few lines each over the API."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Literal
 
-import typer
+import click
 
 from reasonvec import __version__
+from reasonvec import open as open_point
 from reasonvec.cli.console import (
-    Budget,
-    Exclude,
-    FromPair,
-    Include,
-    Json,
-    Overwrite,
-    PairCommand,
-    Quiet,
-    Sync,
-    Threads,
+    DIGEST,
+    INPUT,
     emit,
     guarded,
-    pairs,
+    output_options,
+    placing_options,
     progress,
     run_options,
+    running_options,
+    selecting_options,
+    vector_sources,
 )
-from reasonvec.run import DEFAULT_BUDGET
 
 if TYPE_CHECKING:
     from reasonvec.algebra import Vector
-    from reasonvec.apply import ApplyOptions
+    from reasonvec.apply import ApplyOptions, OutDtype
+    from reasonvec.compat.alignment import MissingPolicy
+    from reasonvec.compat.rows import VocabPolicy
+    from reasonvec.extract import Encoding
+    from reasonvec.run import DigestName
 
-__all__ = ["app", "main"]
+__all__ = ["main"]
 
-app = typer.Typer(
-    name="reasonvec",
-    help="Capabilities of language models as vectors in weight space.",
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
+Pairs = Sequence[tuple[Path, Path]]
+_ALLOW = click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass.")
+_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an earlier output of reasonvec in the folder.")
+_SYNC = click.option(
+    "--sync/--no-sync", default=True, show_default=True, help="Flush files to the disk before they get their final names."
+)
+_DIGEST = click.option(
+    "--digest", type=DIGEST, default="xxh3-128", show_default=True, help="xxh3-128 detects damage, blake3 forgery too."
 )
 
 
-class EncodingName(StrEnum):
-    auto = "auto"
-    dense = "dense"
-    sparse = "sparse"
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="reasonvec")
+def main() -> None:
+    """Capabilities of language models as vectors in weight space.
+
+    Exit codes: 0, done or yes; 1, the answer is no; 2, wrong use or input.
+    """
 
 
-class VocabName(StrEnum):
-    strict = "strict"
-    skip = "skip"
-    match_tokens = "match-tokens"
-
-
-class MissingName(StrEnum):
-    error = "error"
-    skip = "skip"
-
-
-class DtypeName(StrEnum):
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-class DigestChoice(StrEnum):
-    xxh3 = "xxh3-128"
-    blake3 = "blake3"
-    none = "none"
-
-
-class ControlName(StrEnum):
-    random = "random"
-    reverse = "reverse"
-    shuffle = "shuffle"
-
-
-Digest = Annotated[
-    DigestChoice,
-    typer.Option("--digest", help="xxh3-128 detects damage, blake3 forgery too; none, neither."),
-]
-Vocab = Annotated[
-    VocabName, typer.Option("--vocab", help="What to do with embeddings and head if vocabularies differ.")
-]
-Missing = Annotated[
-    MissingName, typer.Option("--missing", help="Whether a tensor that one side lacks is an error.")
-]
-MapPrefix = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--map-prefix", metavar="A=B", help="Target names that begin with A read the vector's under B."
-    ),
-]
-
-
-def _version(*, value: bool) -> None:
-    if value:
-        typer.echo(f"reasonvec {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    *,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
+@main.command()
+@click.argument("positive", type=INPUT, metavar="P")
+@click.argument("negative", type=INPUT, metavar="N")
+@click.argument("target", type=INPUT, metavar="[T]", required=False)
+@placing_options()
+@running_options()
+@output_options()
 def check(
-    positive: Annotated[Path, typer.Argument(metavar="P", help="The donor that has the capability.")],
-    negative: Annotated[Path, typer.Argument(metavar="N", help="Its twin without it.")],
-    target: Annotated[Path | None, typer.Argument(metavar="[T]", help="The model to get it.")] = None,
-    vocab: Vocab = VocabName.strict,
-    missing: Missing = MissingName.error,
-    map_prefix: MapPrefix = None,
-    threads: Threads = 0,
-    memory_budget: Budget = DEFAULT_BUDGET,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    positive: Path,
+    negative: Path,
+    target: Path | None,
+    vocab: VocabPolicy,
+    missing: MissingPolicy,
+    map_prefix: Sequence[str],
+    threads: int,
+    memory_budget: int,
+    *,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
-    """Do these checkpoints fit together, and how close are they? Every problem at once."""
-    from reasonvec import open as open_point
+    """Do the donors P and N, and the target T, fit together, and how close are they?
+
+    Every problem at once; exit code 1 if they are incompatible.
+    """
     from reasonvec.check import check as run
     from reasonvec.cli.show import show_check
 
     with guarded(), progress("checking", quiet=quiet or as_json) as tell:
-        points = [open_point(path) for path in (positive, negative, target) if path is not None]
         report = run(
-            *points,
-            vocab=vocab.value,
-            missing=missing.value,
+            open_point(positive),
+            open_point(negative),
+            open_point(target) if target is not None else None,
+            vocab=vocab,
+            missing=missing,
             map_prefix=_prefixes(map_prefix),
             **run_options(threads, memory_budget, tell),
         )
-    emit(report.as_json(), lambda: show_check(report), as_json=as_json, quiet=quiet)
-    raise typer.Exit(0 if report.ok else 1)
+    emit(report.as_json, lambda: show_check(report), as_json=as_json, quiet=quiet)
+    raise SystemExit(0 if report.ok else 1)
 
 
-@app.command()
+@main.command()
+@click.argument("positive", type=INPUT, metavar="P")
+@click.argument("negative", type=INPUT, metavar="N")
+@click.option("--out", "-o", type=INPUT, required=True, metavar="DIR", help="The vector's folder.")
+@click.option(
+    "--encoding",
+    type=click.Choice(["auto", "dense", "sparse"]),
+    default="auto",
+    show_default=True,
+    help="How tensors are stored; auto takes the fewest bytes.",
+)
+@selecting_options()
+@_DIGEST
+@_ALLOW
+@_OVERWRITE
+@_SYNC
+@running_options()
+@output_options()
 def extract(
-    positive: Annotated[Path, typer.Argument(metavar="P", help="The donor that has the capability.")],
-    negative: Annotated[Path, typer.Argument(metavar="N", help="Its twin without it.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The vector's folder.")],
-    encoding: Annotated[EncodingName, typer.Option("--encoding", help="How tensors are stored.")] = EncodingName.auto,
-    include: Include = None,
-    exclude: Exclude = None,
-    digest: Digest = DigestChoice.xxh3,
-    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Let NaN and infinity pass.")] = False,
-    overwrite: Overwrite = False,
-    threads: Threads = 0,
-    memory_budget: Budget = DEFAULT_BUDGET,
-    sync: Sync = True,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    positive: Path,
+    negative: Path,
+    out: Path,
+    encoding: Encoding,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    digest: DigestName,
+    threads: int,
+    memory_budget: int,
+    *,
+    allow_nonfinite: bool,
+    overwrite: bool,
+    sync: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
-    """Write the vector P - N, exactly: negative + vector == positive, checked bit for bit."""
-    from reasonvec import open as open_point
+    """Write the vector P - N, exactly: negative + vector == positive is checked bit for bit."""
     from reasonvec.cli.show import show_extract
 
     with guarded(), progress("extracting", quiet=quiet or as_json) as tell:
         vector = _where(open_point(positive) - open_point(negative), include, exclude)
         report = vector.save(
             out,
-            encoding=encoding.value,
-            digest=digest.value,
+            encoding=encoding,
+            digest=digest,
             allow_nonfinite=allow_nonfinite,
             overwrite=overwrite,
             sync=sync,
             **run_options(threads, memory_budget, tell),
         )
-    emit(report.as_json(), lambda: show_extract(report), as_json=as_json, quiet=quiet)
-    raise typer.Exit(1 if report.exact is False else 0)
+    emit(report.as_json, lambda: show_extract(report), as_json=as_json, quiet=quiet)
+    raise SystemExit(1 if report.exact is False else 0)
 
 
-@app.command(cls=PairCommand)
+@main.command()
+@click.argument("vectors", type=INPUT, metavar="[V]...", nargs=-1)
+@vector_sources()
+@click.option("--to", type=INPUT, required=True, metavar="T", help="The target; it is never changed.")
+@click.option("--out", "-o", type=INPUT, required=True, metavar="DIR", help="The new checkpoint's folder.")
+@click.option(
+    "--alpha",
+    "-a",
+    type=float,
+    multiple=True,
+    metavar="A",
+    help="Times each vector, in the order of V... and then --from; negative subtracts.  [default: 1]",
+)
+@click.option(
+    "--alpha-for", multiple=True, metavar="REGEX=VALUE", help="Another alpha for tensors whose name this finds; repeatable."
+)
+@click.option("--layer-ramp", metavar="A:B", help="Times A in the first layer to B in the last.")
+@selecting_options()
+@click.option(
+    "--control",
+    type=click.Choice(["random", "reverse", "shuffle"]),
+    help="A control in place of the vectors: noise of the same norm, minus the vector, the same values elsewhere.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="For --control.")
+@placing_options()
+@click.option("--out-dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="The target's by default.")
+@click.option("--chat-template-from", type=INPUT, metavar="DIR", help="Take this folder's chat template.")
+@_DIGEST
+@click.option("--keep-undo", is_flag=True, help="Store the exact way back beside the output.")
+@_ALLOW
+@click.option("--dry-run", is_flag=True, help="Say what would happen, and every problem; write nothing.")
+@click.option("--resume", is_flag=True, help="Continue an unfinished run.")
+@_OVERWRITE
+@_SYNC
+@running_options()
+@output_options()
 def apply(
-    vectors: Annotated[list[Path] | None, typer.Argument(metavar="[V]...", help="Vector folders.")] = None,
+    vectors: Sequence[Path],
+    pairs: Pairs,
+    to: Path,
+    out: Path,
+    alpha: Sequence[float],
+    alpha_for: Sequence[str],
+    layer_ramp: str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    control: Literal["random", "reverse", "shuffle"] | None,
+    seed: int,
+    vocab: VocabPolicy,
+    missing: MissingPolicy,
+    map_prefix: Sequence[str],
+    out_dtype: OutDtype | None,
+    chat_template_from: Path | None,
+    digest: DigestName,
+    threads: int,
+    memory_budget: int,
     *,
-    to: Annotated[Path, typer.Option("--to", metavar="T", help="The target; it is never changed.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The new checkpoint's folder.")],
-    from_pairs: FromPair = None,
-    alpha: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--alpha", "-a", metavar="A",
-            help="Times each vector, in the order of V... and --from; negative subtracts.", show_default="1",
-        ),
-    ] = None,
-    alpha_for: Annotated[
-        list[str] | None,
-        typer.Option("--alpha-for", metavar="REGEX=VALUE", help="Another alpha for tensors whose name this finds."),
-    ] = None,
-    layer_ramp: Annotated[
-        str | None,
-        typer.Option("--layer-ramp", metavar="A:B", help="Times A in the first layer to B in the last."),
-    ] = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    control: Annotated[
-        ControlName | None, typer.Option("--control", help="A control experiment instead of the vectors.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**64 - 1, help="For --control.")] = 0,
-    vocab: Vocab = VocabName.strict,
-    missing: Missing = MissingName.error,
-    map_prefix: MapPrefix = None,
-    out_dtype: Annotated[DtypeName | None, typer.Option("--out-dtype", help="The target's by default.")] = None,
-    chat_template_from: Annotated[
-        Path | None, typer.Option("--chat-template-from", metavar="DIR", help="Take this folder's chat template.")
-    ] = None,
-    digest: Digest = DigestChoice.xxh3,
-    keep_undo: Annotated[
-        bool, typer.Option("--keep-undo", help="Store the exact way back beside the output.")
-    ] = False,
-    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Let NaN and infinity pass.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would happen, and every problem; write nothing.")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
-    overwrite: Overwrite = False,
-    threads: Threads = 0,
-    memory_budget: Budget = DEFAULT_BUDGET,
-    sync: Sync = True,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    keep_undo: bool,
+    allow_nonfinite: bool,
+    dry_run: bool,
+    resume: bool,
+    overwrite: bool,
+    sync: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
-    """Add vectors to a target, in one pass, and write the result with a record of how it came to be."""
-    from reasonvec import open as open_point
-    from reasonvec.cli.show import show_apply, show_plan
-
-    with guarded():
-        options: ApplyOptions = {
-            "vocab": vocab.value,
-            "missing": missing.value,
-            "map_prefix": _prefixes(map_prefix),
-            "digest": digest.value,
-            "keep_undo": keep_undo,
-            "allow_nonfinite": allow_nonfinite,
-            "resume": resume,
-            "overwrite": overwrite,
-            "sync": sync,
-        }
-        options.update(run_options(threads, memory_budget))  # type: ignore[typeddict-item]
-        if out_dtype is not None:
-            options["out_dtype"] = out_dtype.value
-        if chat_template_from is not None:
-            options["chat_template_from"] = chat_template_from
-        vector = _scaled(_vectors(vectors, from_pairs), alpha)
+    """Add vectors to the target T in one pass, and write the result with a record of how it came to be."""
+    with guarded(), progress("applying", quiet=quiet or as_json or dry_run) as tell:
+        vector = _scaled(_each(vectors, pairs), alpha)
         if alpha_for:
             vector = vector.alpha_for(dict(_rule(rule) for rule in alpha_for))
         if layer_ramp is not None:
             vector = vector.ramp(*_ramp(layer_ramp))
         vector = _where(vector, include, exclude)
         if control is not None:
-            vector = vector.control(control.value, seed=seed)
-        with progress("applying", quiet=quiet or as_json or dry_run) as tell:
-            if tell is not None:
-                options["progress"] = tell
-            plan = (open_point(to) + vector).plan(out, **options)
-            report = None if dry_run else plan.run()
-    if report is None:
-        emit(plan.as_json(), lambda: show_plan(plan), as_json=as_json, quiet=quiet)
-        raise typer.Exit(1 if plan.errors else 0)
-    emit(report.as_json(), lambda: show_apply(report), as_json=as_json, quiet=quiet)
+            vector = vector.control(control, seed=seed)
+        options: ApplyOptions = {
+            "vocab": vocab,
+            "missing": missing,
+            "map_prefix": _prefixes(map_prefix),
+            "digest": digest,
+            "keep_undo": keep_undo,
+            "allow_nonfinite": allow_nonfinite,
+            "resume": resume,
+            "overwrite": overwrite,
+            "sync": sync,
+            **run_options(threads, memory_budget, tell),
+        }
+        if out_dtype is not None:
+            options["out_dtype"] = out_dtype
+        if chat_template_from is not None:
+            options["chat_template_from"] = chat_template_from
+        plan = (open_point(to) + vector).plan(out, **options)
+        report = None if dry_run else plan.run()
+
+    def show() -> None:
+        from reasonvec.cli.show import show_apply, show_plan
+
+        show_plan(plan) if report is None else show_apply(report)
+
+    emit(plan.as_json if report is None else report.as_json, show, as_json=as_json, quiet=quiet)
+    raise SystemExit(1 if report is None and plan.errors else 0)
 
 
-@app.command()
+@main.command()
+@click.argument("folder", type=INPUT, metavar="DIR")
+@click.option("--out", "-o", type=INPUT, required=True, metavar="ORIG", help="Where to put the target.")
+@click.option("--source", type=INPUT, metavar="T", help="Where the target is now, if it has moved.")
+@_OVERWRITE
+@_SYNC
+@running_options()
+@output_options()
 def undo(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An output of apply.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="ORIG", help="Where to put the target.")],
-    source: Annotated[
-        Path | None, typer.Option("--source", metavar="T", help="Where the target is now, if it has moved.")
-    ] = None,
-    overwrite: Overwrite = False,
-    threads: Threads = 0,
-    memory_budget: Budget = DEFAULT_BUDGET,
-    sync: Sync = True,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    folder: Path,
+    out: Path,
+    source: Path | None,
+    threads: int,
+    memory_budget: int,
+    *,
+    overwrite: bool,
+    sync: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
-    """Give back the original target of an output, bit for bit."""
+    """Give back the original target of DIR, an output of apply, bit for bit."""
     from reasonvec.cli.show import show_undo
     from reasonvec.undo import UndoOptions
     from reasonvec.undo import undo as run
 
     with guarded(), progress("undoing", quiet=quiet or as_json) as tell:
-        options: UndoOptions = {"overwrite": overwrite, "sync": sync}
-        options.update(run_options(threads, memory_budget, tell))  # type: ignore[typeddict-item]
+        options: UndoOptions = {
+            "overwrite": overwrite,
+            "sync": sync,
+            **run_options(threads, memory_budget, tell),
+        }
         if source is not None:
             options["source"] = source
-        report = run(folder, out, options)
-    emit(report.as_json(), lambda: show_undo(report), as_json=as_json, quiet=quiet)
+        report = run(folder, out, **options)
+    emit(report.as_json, lambda: show_undo(report), as_json=as_json, quiet=quiet)
 
 
-@app.command(cls=PairCommand)
+@main.command()
+@click.argument("path", type=INPUT, metavar="[PATH]", required=False)
+@vector_sources()
+@click.option("--html", type=INPUT, metavar="FILE", help="One self-contained page with heat maps.")
+@running_options()
+@output_options()
 def inspect(
-    path: Annotated[Path | None, typer.Argument(metavar="[PATH]", help="A vector or a checkpoint.")] = None,
-    from_pairs: FromPair = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="One self-contained page with heat maps.")
-    ] = None,
-    threads: Threads = 0,
-    memory_budget: Budget = DEFAULT_BUDGET,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    path: Path | None,
+    pairs: Pairs,
+    html: Path | None,
+    threads: int,
+    memory_budget: int,
+    *,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
-    """Norms, sparsity and largest changes, by layer and module."""
-    from reasonvec import open as open_point
+    """Norms, sparsity and largest changes of a vector or a checkpoint, by layer and module."""
     from reasonvec.cli.show import show_inspection
     from reasonvec.folders import is_vector
 
     with guarded(), progress("inspecting", quiet=quiet or as_json) as tell:
         options = run_options(threads, memory_budget, tell)
-        if path is not None and not from_pairs and not is_vector(path):
+        if path is not None and not pairs and not is_vector(path):
             report = open_point(path).inspect(**options)
         else:
-            report = _vectors([path] if path is not None else None, from_pairs, only=1).inspect(**options)
+            report = _each([] if path is None else [path], pairs, only=1)[0].inspect(**options)
         if html is not None:
             from reasonvec._reasonvec import write_whole
             from reasonvec.page import inspection_page
 
             write_whole(html, inspection_page(report).encode(), sync=False)
-    emit(report.as_json(), lambda: show_inspection(report, html), as_json=as_json, quiet=quiet)
+    emit(report.as_json, lambda: show_inspection(report, html), as_json=as_json, quiet=quiet)
 
 
-@app.command(cls=PairCommand)
+@main.command()
+@click.argument("vectors", type=INPUT, metavar="[V] [W]", nargs=-1)
+@vector_sources()
+@running_options()
+@output_options()
 def compare(
-    vectors: Annotated[list[Path] | None, typer.Argument(metavar="[V] [W]", help="Vector folders.")] = None,
-    from_pairs: FromPair = None,
-    threads: Threads = 0,
-    memory_budget: Budget = DEFAULT_BUDGET,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    vectors: Sequence[Path],
+    pairs: Pairs,
+    threads: int,
+    memory_budget: int,
+    *,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
-    """Cosine, sign agreement and overlap of two vectors, by layer and module."""
+    """Cosine, sign agreement and overlap of the vectors V and W, by layer and module."""
     from reasonvec.cli.show import show_comparison
 
     with guarded(), progress("comparing", quiet=quiet or as_json) as tell:
-        first, second = _each(vectors, from_pairs, only=2)
+        first, second = _each(vectors, pairs, only=2)
         report = first.compare(second, **run_options(threads, memory_budget, tell))
-    emit(report.as_json(), lambda: show_comparison(report), as_json=as_json, quiet=quiet)
+    emit(report.as_json, lambda: show_comparison(report), as_json=as_json, quiet=quiet)
 
 
-@app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An output of apply, or a vector.")],
-    threads: Threads = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Are the bytes still those that were written? Digests against reasonvec.json."""
+@main.command()
+@click.argument("folder", type=INPUT, metavar="DIR")
+@running_options()
+@output_options()
+def verify(folder: Path, threads: int, memory_budget: int, *, as_json: bool, quiet: bool) -> None:
+    """Are the bytes of DIR, an output of apply or a vector, still those that were written?"""
     from reasonvec.cli.show import show_verify
     from reasonvec.verify import verify as run
 
     with guarded(), progress("verifying", quiet=quiet or as_json) as tell:
-        report = run(folder, **run_options(threads, tell=tell))
-    emit(report.as_json(), lambda: show_verify(report), as_json=as_json, quiet=quiet)
-    raise typer.Exit(0 if report.ok else 1)
+        report = run(folder, **run_options(threads, memory_budget, tell))
+    emit(report.as_json, lambda: show_verify(report), as_json=as_json, quiet=quiet)
+    raise SystemExit(0 if report.ok else 1)
 
 
-@app.command()
-def diff(
-    first: Annotated[Path, typer.Argument(metavar="A")],
-    second: Annotated[Path, typer.Argument(metavar="B")],
-    threads: Threads = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Exact counts of the elements that differ between two checkpoints."""
+@main.command()
+@click.argument("first", type=INPUT, metavar="A")
+@click.argument("second", type=INPUT, metavar="B")
+@running_options()
+@output_options()
+def diff(first: Path, second: Path, threads: int, memory_budget: int, *, as_json: bool, quiet: bool) -> None:
+    """Exact counts of the elements that differ between the checkpoints A and B."""
     from reasonvec.cli.show import show_diff
     from reasonvec.verify import diff as run
 
     with guarded(), progress("comparing", quiet=quiet or as_json) as tell:
-        report = run(first, second, **run_options(threads, tell=tell))
-    emit(report.as_json(), lambda: show_diff(report), as_json=as_json, quiet=quiet)
-    raise typer.Exit(0 if report.same else 1)
+        report = run(first, second, **run_options(threads, memory_budget, tell))
+    emit(report.as_json, lambda: show_diff(report), as_json=as_json, quiet=quiet)
+    raise SystemExit(0 if report.same else 1)
 
 
-@app.command()
-def demo(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to make it.")] = Path("reasonvec-demo"),
-    overwrite: Annotated[bool, typer.Option("--overwrite/--no-overwrite", help="Replace an earlier demo.")] = True,
-) -> None:
+@main.command()
+@click.argument("folder", type=INPUT, metavar="[DIR]", default="reasonvec-demo")
+def demo(folder: Path) -> None:
     """Make a small family of checkpoints, and run check, extract, inspect, apply and verify on it."""
     from reasonvec.cli.demo import run
 
     with guarded():
-        run(folder, overwrite=overwrite)
+        run(folder)
 
 
-def _where(vector: Vector, include: list[str] | None, exclude: list[str] | None) -> Vector:
-    return vector.where(include=include or (), exclude=exclude or ()) if include or exclude else vector
+def _where(vector: Vector, include: Sequence[str], exclude: Sequence[str]) -> Vector:
+    return vector.where(include=include, exclude=exclude) if include or exclude else vector
 
 
-def _each(vectors: list[Path] | None, from_pairs: list[str] | None, *, only: int | None = None) -> list[Vector]:
+def _each(vectors: Sequence[Path], pairs: Pairs, *, only: int | None = None) -> list[Vector]:
+    """The vectors of a command line: folders first, then differences."""
     from reasonvec import load
-    from reasonvec import open as open_point
 
-    differences = [(open_point(p), open_point(n)) for p, n in pairs(from_pairs)]
-    found = [load(path) for path in vectors or []] + [p - n for p, n in differences]
-    if not found or (only is not None and len(found) != only):
+    found = len(vectors) + len(pairs)
+    if not found or (only is not None and found != only):
         wanted = {None: "at least one vector", 1: "one vector", 2: "two vectors"}[only]
-        message = f"expected {wanted} (a folder, or --from POSITIVE NEGATIVE), found {len(found)}"
-        raise typer.BadParameter(message)
-    return found
+        message = f"expected {wanted} (a folder, or --from POSITIVE NEGATIVE), found {found}"
+        raise click.UsageError(message)
+    return [load(path) for path in vectors] + [open_point(p) - open_point(n) for p, n in pairs]
 
 
-def _vectors(vectors: list[Path] | None, from_pairs: list[str] | None, *, only: int | None = None) -> Vector:
-    return _scaled(_each(vectors, from_pairs, only=only), None)
+def _scaled(vectors: list[Vector], alphas: Sequence[float]) -> Vector:
+    if len(alphas) > len(vectors):
+        message = f"--alpha was given {len(alphas)} times for {len(vectors)} vectors"
+        raise click.UsageError(message)
+    scaled = [a * v for a, v in zip(alphas, vectors, strict=False)] + vectors[len(alphas) :]
+    total = scaled[0]
+    for vector in scaled[1:]:
+        total = total + vector
+    return total
 
 
-def _scaled(vectors: list[Vector] | Vector, alphas: list[float] | None) -> Vector:
-    from reasonvec.algebra import Vector as Sum
-
-    each = [Sum([term]) for term in vectors.terms] if isinstance(vectors, Sum) else vectors
-    given = alphas or []
-    if len(given) > len(each):
-        message = f"--alpha was given {len(given)} times for {len(each)} vectors"
-        raise typer.BadParameter(message)
-    scaled = [a * v for a, v in zip(given, each, strict=False)] + each[len(given) :]
-    return Sum([term for vector in scaled for term in vector.terms])
-
-
-def _prefixes(values: list[str] | None) -> list[tuple[str, str]]:
+def _prefixes(values: Sequence[str]) -> list[tuple[str, str]]:
     found = []
-    for value in values or []:
+    for value in values:
         target, equals, vector = value.partition("=")
         if not equals:
             message = f"--map-prefix takes A=B, found {value!r}"
-            raise typer.BadParameter(message)
+            raise click.UsageError(message)
         found.append((target, vector))
     return found
 
 
 def _rule(text: str) -> tuple[str, float]:
-    regex, equals, value = text.rpartition("=")
+    regex, _, value = text.rpartition("=")
     try:
-        return regex, float(value) if equals else float("nope")
+        if regex:
+            return regex, float(value)
     except ValueError:
-        message = f"--alpha-for takes REGEX=VALUE, found {text!r}"
-        raise typer.BadParameter(message) from None
+        pass
+    message = f"--alpha-for takes REGEX=VALUE, found {text!r}"
+    raise click.UsageError(message)
 
 
 def _ramp(text: str) -> tuple[float, float]:
@@ -453,9 +442,4 @@ def _ramp(text: str) -> tuple[float, float]:
         return float(first), float(last)
     except ValueError:
         message = f"--layer-ramp takes A:B, two numbers, found {text!r}"
-        raise typer.BadParameter(message) from None
-
-
-def main() -> None:
-    """The program `reasonvec`."""
-    app()
+        raise click.UsageError(message) from None

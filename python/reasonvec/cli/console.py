@@ -8,114 +8,133 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import ParamSpec, TypeAlias, TypeVar
 
-import typer
-from typer.core import TyperCommand
+import click
 
 from reasonvec.errors import ReasonvecError
-from reasonvec.run import DEFAULT_BUDGET, Progress, RunOptions
+from reasonvec.run import Progress, RunOptions
 
 __all__ = [
-    "Budget",
-    "Exclude",
-    "FromPair",
-    "Include",
-    "Json",
-    "Overwrite",
-    "PairCommand",
-    "Quiet",
-    "Sync",
-    "Threads",
+    "DIGEST",
+    "INPUT",
+    "Size",
     "emit",
     "fail",
     "guarded",
-    "pairs",
+    "output_options",
+    "placing_options",
     "progress",
     "run_options",
-    "size",
+    "running_options",
+    "selecting_options",
+    "vector_sources",
 ]
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+Decorator: TypeAlias = Callable[[Callable[_P, _R]], Callable[_P, _R]]
+
+INPUT = click.Path(path_type=Path)
+DIGEST = click.Choice(["xxh3-128", "blake3", "none"])
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def size(text: str) -> int:
+class Size(click.ParamType):
     """Bytes from "64MiB", "1G", "500MB" or "1048576"; units are binary, as for memory."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if found is None:
-        message = f"expected a size such as 64MiB or 1GiB, found {text!r}"
-        raise typer.BadParameter(message)
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value)
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+        if found is None:
+            self.fail(f"expected a size such as 64MiB or 1GiB, found {text!r}", param, ctx)
+        return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-_BETWEEN = "\x1f"
+def _all(*options: Decorator[_P, _R]) -> Decorator[_P, _R]:
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
-class PairCommand(TyperCommand):
-    """A command whose `--from` takes two values and may be repeated, which typer cannot say."""
-
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
-        joined: list[str] = []
-        rest = iter(args)
-        for arg in rest:
-            joined.append(arg)
-            if arg == "--from":
-                pair = [value for _, value in zip(range(2), rest, strict=False)]
-                if len(pair) < 2 or any(value.startswith("--") for value in pair):
-                    message = "two checkpoints are needed: --from POSITIVE NEGATIVE"
-                    raise typer.BadParameter(message, ctx, param_hint="--from")
-                joined.append(_BETWEEN.join(pair))
-        return super().parse_args(ctx, joined)
+def vector_sources() -> Decorator[_P, _R]:
+    """`--from P N`, repeatable: a difference where a vector may stand."""
+    return click.option(
+        "--from",
+        "pairs",
+        type=(INPUT, INPUT),
+        multiple=True,
+        metavar="P N",
+        help="The difference of two checkpoints in place of a vector; nothing is written in between.",
+    )
 
 
-def pairs(values: list[str] | None) -> list[tuple[Path, Path]]:
-    """The folders of every `--from`."""
-    found = []
-    for value in values or []:
-        positive, _, negative = value.partition(_BETWEEN)
-        found.append((Path(positive), Path(negative)))
-    return found
+def selecting_options() -> Decorator[_P, _R]:
+    """`--include`, `--exclude`."""
+    return _all(
+        click.option("--include", multiple=True, metavar="REGEX", help="Only tensors whose name this finds; repeatable."),
+        click.option("--exclude", multiple=True, metavar="REGEX", help="No tensor whose name this finds; repeatable."),
+    )
 
 
-FromPair: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option("--from", metavar="P N", help="The difference of two checkpoints instead of a vector."),
-]
-Include: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option("--include", metavar="REGEX", help="Only tensors whose name this finds; repeatable."),
-]
-Exclude: TypeAlias = Annotated[
-    list[str] | None,
-    typer.Option("--exclude", metavar="REGEX", help="No tensor whose name this finds; repeatable."),
-]
-Threads: TypeAlias = Annotated[
-    int, typer.Option("--threads", "-j", min=0, help="Workers; 0 for one per processor.")
-]
-Budget: TypeAlias = Annotated[
-    int,
-    typer.Option(
-        "--memory-budget",
-        parser=size,
-        metavar="SIZE",
-        help="Memory that the workers may hold together.",
-        show_default="64MiB",
-    ),
-]
-Json: TypeAlias = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Sync: TypeAlias = Annotated[
-    bool,
-    typer.Option("--sync/--no-sync", help="Flush files to the disk before they get their final names."),
-]
-Overwrite: TypeAlias = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier output of reasonvec in the folder.")
-]
+def placing_options() -> Decorator[_P, _R]:
+    """How a vector is laid onto a target."""
+    return _all(
+        click.option(
+            "--vocab",
+            type=click.Choice(["strict", "skip", "match-tokens"]),
+            default="strict",
+            show_default=True,
+            help="What to do with embeddings and head if vocabularies differ.",
+        ),
+        click.option(
+            "--missing",
+            type=click.Choice(["error", "skip"]),
+            default="error",
+            show_default=True,
+            help="What a tensor is that one side lacks.",
+        ),
+        click.option(
+            "--map-prefix",
+            multiple=True,
+            metavar="A=B",
+            help="Target names that begin with A read the vector's under B; repeatable.",
+        ),
+    )
 
 
-def run_options(threads: int, budget: int = DEFAULT_BUDGET, tell: Progress | None = None) -> RunOptions:
+def running_options() -> Decorator[_P, _R]:
+    """How a pass is run."""
+    return _all(
+        click.option("--threads", "-j", type=click.IntRange(min=0), default=0, help="Workers.  [default: one per processor]"),
+        click.option(
+            "--memory-budget",
+            type=Size(),
+            default="64MiB",
+            show_default=True,
+            help="Memory that the workers may hold together.",
+        ),
+    )
+
+
+def output_options() -> Decorator[_P, _R]:
+    """`--json`, `--quiet`."""
+    return _all(
+        click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output."),
+        click.option("--quiet", "-q", is_flag=True, help="Print errors only."),
+    )
+
+
+def run_options(threads: int, memory_budget: int, tell: Progress | None) -> RunOptions:
     """The keywords that every pass takes."""
-    options: RunOptions = {"threads": threads, "memory_budget": budget}
+    options: RunOptions = {"threads": threads, "memory_budget": memory_budget}
     if tell is not None:
         options["progress"] = tell
     return options
@@ -131,11 +150,11 @@ def progress(label: str, *, quiet: bool) -> Iterator[Progress | None]:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
-        Progress as Bar,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.progress import Progress as Bar
 
     columns = (
         TextColumn("{task.description}"),
@@ -149,10 +168,10 @@ def progress(label: str, *, quiet: bool) -> Iterator[Progress | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
 
-def emit(value: Mapping[str, object], show: Callable[[], None], *, as_json: bool, quiet: bool) -> None:
+def emit(value: Callable[[], Mapping[str, object]], show: Callable[[], None], *, as_json: bool, quiet: bool) -> None:
     """The result: JSON, or what ``show`` prints, or nothing."""
     if as_json:
-        json.dump(value, sys.stdout, indent=2, allow_nan=False, default=str)
+        json.dump(value(), sys.stdout, indent=2, allow_nan=False)
         sys.stdout.write("\n")
     elif not quiet:
         show()
@@ -160,13 +179,7 @@ def emit(value: Mapping[str, object], show: Callable[[], None], *, as_json: bool
 
 def fail(message: str) -> None:
     """An error, on standard error."""
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False)
-    lines = message.splitlines() or [""]
-    console.print("error:", style="bold red", end=" ")
-    for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
 
 
 @contextmanager
@@ -174,15 +187,12 @@ def guarded() -> Iterator[None]:
     """Errors of input and of use end with code 2 and one message, Ctrl-C with 130."""
     try:
         yield
-    except (ReasonvecError, OSError) as error:
-        fail(_message(error))
-        raise typer.Exit(2) from None
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error))
+        raise SystemExit(2) from None
+    except ReasonvecError as error:
+        fail(str(error))
+        raise SystemExit(2) from None
     except KeyboardInterrupt as error:
         fail(str(error) or "interrupted")
-        raise typer.Exit(130) from None
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+        raise SystemExit(130) from None

@@ -21,14 +21,14 @@ __all__ = ["run"]
 _MARK = ".reasonvec-demo"
 
 
-def run(folder: Path, *, overwrite: bool = True) -> None:
+def run(folder: Path) -> None:
     """Make the family in ``folder`` and walk through check, extract, inspect, apply and verify."""
     console = Console(highlight=False)
 
     def step(command: str, meaning: str) -> None:
         console.print(f"\n[bold cyan]$ reasonvec {escape(command)}[/]\n[dim]{escape(meaning)}[/]", soft_wrap=True)
 
-    _clear(folder, overwrite=overwrite)
+    _clear(folder)
     console.print(f"Four small Qwen2-shaped checkpoints are being made in [bold]{escape(str(folder))}[/] ...")
     family = make_family(folder)
     names = {"base": family.base, "sft": family.sft, "rl": family.rl, "instruct": family.instruct}
@@ -66,10 +66,10 @@ def run(folder: Path, *, overwrite: bool = True) -> None:
     )
 
 
-def _clear(folder: Path, *, overwrite: bool) -> None:
+def _clear(folder: Path) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         folder.mkdir(parents=True, exist_ok=True)
-    elif overwrite and (folder / _MARK).is_file():
+    elif (folder / _MARK).is_file():
         shutil.rmtree(folder)
         folder.mkdir(parents=True)
     else:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from reasonvec.compat import Problem, fold
+from reasonvec.compat.problem import Problem, fold
 from reasonvec.wording import count, magnitude, percent, short_count, size
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from typing import Literal, TypeAlias
 from reasonvec.compat.configs import compare_functions
 from reasonvec.compat.layout import FLOATS, Layout, TensorInfo
 from reasonvec.compat.mixtures import Mixtures
-from reasonvec.compat.names import is_vocabulary
 from reasonvec.compat.placement import Found, Pair, Placement
 from reasonvec.compat.problem import Problem, Severity
 from reasonvec.compat.rows import Rows, VocabPolicy
+from reasonvec.names import is_vocabulary
 
 __all__ = ["Alignment", "MissingPolicy", "align", "folder_problems"]
 

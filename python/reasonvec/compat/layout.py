@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reasonvec.compat.names import is_embedding, is_vocabulary, layer_of
 from reasonvec.compat.tokenizer import read_tokens
+from reasonvec.names import is_embedding, is_vocabulary, layer_of
 
 __all__ = ["FLOATS", "Layout", "TensorInfo", "text_config"]
 
@@ -95,7 +95,7 @@ class Layout:
                     method = str(said.get("quant_method", "no method named"))[:40]
                     return f"{key} in config.json ({method})"
         for name, info in self.tensors.items():
-            if info.dtype.startswith(("F8", "F6", "F4")):
+            if info.dtype not in FLOATS and info.dtype.startswith(("F8", "F6", "F4")):
                 return f"{name} is {info.dtype}"
             if _PACKED.search(name):
                 return f"{name} belongs to packed weights"

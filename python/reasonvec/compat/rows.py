@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from reasonvec.errors import FormatError
 from reasonvec.compat.layout import Layout, TensorInfo
 from reasonvec.compat.placement import Found, Pair, Placement, Segment
 from reasonvec.compat.problem import Problem, Severity
 from reasonvec.compat.tokenizer import TokenDifference, compare_tokens, same_bytes
+from reasonvec.errors import FormatError
 
 __all__ = ["Rows", "TokenVerdict", "VocabPolicy", "compare_tokenizers"]
 

@@ -13,8 +13,8 @@ import math
 from collections.abc import Iterable
 from importlib import resources
 
-from reasonvec.page.heat_map import heat_maps, heat_style
 from reasonvec.inspection import GroupMeasure, Inspection, TensorMeasure
+from reasonvec.page.heat_map import heat_maps, heat_style
 from reasonvec.page.markup import brief, name, quoted, whole_name
 from reasonvec.wording import count, magnitude, percent, place, short_count, size
 

@@ -11,8 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from reasonvec.page.colour_scale import DARK, LIGHT, Scale
 from reasonvec.inspection import GroupMeasure, Inspection, in_order
+from reasonvec.page.colour_scale import DARK, LIGHT, Scale
 from reasonvec.page.markup import brief, name
 from reasonvec.wording import magnitude, percent
 
