@@ -32,6 +32,16 @@ pub trait Work:
     fn widen<E: Element>(element: E) -> Self;
     /// Rounded once into a format, to nearest even; NaN becomes canonical.
     fn narrow<E: Element>(self) -> E;
+    /// [`Work::narrow`], quicker, for numbers whose magnitude is below [`Work::limit`].
+    fn narrow_below<E: Element>(self) -> E;
+    /// The magnitude's bits: they sort as magnitudes do, infinity and NaN last.
+    type Magnitude: Copy + Ord + Default;
+    /// |x| by its bits.
+    fn magnitude(self) -> Self::Magnitude;
+    /// The smallest magnitude that a format's largest number does not hold.
+    fn limit<E: Element>() -> Self::Magnitude;
+    /// The value of a magnitude.
+    fn from_magnitude(magnitude: Self::Magnitude) -> Self;
 }
 
 impl Work for f32 {
@@ -59,6 +69,23 @@ impl Work for f32 {
     #[inline(always)]
     fn narrow<E: Element>(self) -> E {
         E::narrow32(self)
+    }
+    #[inline(always)]
+    fn narrow_below<E: Element>(self) -> E {
+        E::narrow32_below(self)
+    }
+    type Magnitude = u32;
+    #[inline(always)]
+    fn magnitude(self) -> u32 {
+        self.to_bits() & 0x7FFF_FFFF
+    }
+    #[inline(always)]
+    fn limit<E: Element>() -> u32 {
+        E::LIMIT32
+    }
+    #[inline(always)]
+    fn from_magnitude(magnitude: u32) -> Self {
+        Self::from_bits(magnitude)
     }
 }
 
@@ -88,6 +115,23 @@ impl Work for f64 {
     fn narrow<E: Element>(self) -> E {
         E::narrow64(self)
     }
+    #[inline(always)]
+    fn narrow_below<E: Element>(self) -> E {
+        E::narrow64_below(self)
+    }
+    type Magnitude = u64;
+    #[inline(always)]
+    fn magnitude(self) -> u64 {
+        self.to_bits() & 0x7FFF_FFFF_FFFF_FFFF
+    }
+    #[inline(always)]
+    fn limit<E: Element>() -> u64 {
+        E::LIMIT64
+    }
+    #[inline(always)]
+    fn from_magnitude(magnitude: u64) -> Self {
+        Self::from_bits(magnitude)
+    }
 }
 
 /// One element of a float format, as it lies in a file.
@@ -106,6 +150,20 @@ pub trait Element: Copy + Send + Sync + PartialEq + 'static {
     fn narrow32(x: f32) -> Self;
     /// Rounds once, to nearest even.
     fn narrow64(x: f64) -> Self;
+    /// Bits of the smallest f32 that is too large for the format: halfway past its largest number.
+    const LIMIT32: u32;
+    /// Bits of the smallest f64 that is too large for the format.
+    const LIMIT64: u64;
+    /// [`Element::narrow32`] of a number below the limit.
+    #[inline(always)]
+    fn narrow32_below(x: f32) -> Self {
+        Self::narrow32(x)
+    }
+    /// [`Element::narrow64`] of a number below the limit.
+    #[inline(always)]
+    fn narrow64_below(x: f64) -> Self {
+        Self::narrow64(x)
+    }
     /// Neither NaN nor infinite.
     fn finite(self) -> bool;
     /// The same bits: distinguishes -0 from +0, and NaNs by payload.
@@ -139,6 +197,13 @@ pub struct F16(pub u16);
 
 impl Element for Bf16 {
     const SIZE: usize = 2;
+    const LIMIT32: u32 = 0x7F7F_8000;
+    const LIMIT64: u64 = 0x47EF_F000_0000_0000;
+    #[inline(always)]
+    fn narrow32_below(x: f32) -> Self {
+        let bits = x.to_bits();
+        Self((bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16) as u16)
+    }
     #[inline(always)]
     fn load(bytes: &[u8]) -> Self {
         Self(u16::from_le_bytes([bytes[0], bytes[1]]))
@@ -178,6 +243,8 @@ impl Element for Bf16 {
 
 impl Element for F16 {
     const SIZE: usize = 2;
+    const LIMIT32: u32 = 0x477F_F000;
+    const LIMIT64: u64 = 0x40EF_FE00_0000_0000;
     #[inline(always)]
     fn load(bytes: &[u8]) -> Self {
         Self(u16::from_le_bytes([bytes[0], bytes[1]]))
@@ -230,6 +297,12 @@ impl Element for F16 {
 
 impl Element for f32 {
     const SIZE: usize = 4;
+    const LIMIT32: u32 = 0x7F80_0000;
+    const LIMIT64: u64 = 0x47EF_FFFF_F000_0000;
+    #[inline(always)]
+    fn narrow32_below(x: f32) -> Self {
+        x
+    }
     #[inline(always)]
     fn load(bytes: &[u8]) -> Self {
         Self::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
@@ -266,6 +339,12 @@ impl Element for f32 {
 
 impl Element for f64 {
     const SIZE: usize = 8;
+    const LIMIT32: u32 = 0x7F80_0000;
+    const LIMIT64: u64 = 0x7FF0_0000_0000_0000;
+    #[inline(always)]
+    fn narrow64_below(x: f64) -> Self {
+        x
+    }
     #[inline(always)]
     fn load(bytes: &[u8]) -> Self {
         Self::from_le_bytes([
@@ -320,6 +399,22 @@ mod tests {
         }
     }
 
+    fn limits_are_the_first_that_overflow<E: Element>() {
+        for (limit, finite) in [(f64::from(f32::from_bits(E::LIMIT32)), false), (f64::from(f32::from_bits(E::LIMIT32 - 1)), true)] {
+            assert_eq!(E::narrow32(limit as f32).finite(), finite);
+        }
+        assert!(!E::narrow64(f64::from_bits(E::LIMIT64)).finite());
+        assert!(E::narrow64(f64::from_bits(E::LIMIT64 - 1)).finite());
+    }
+
+    #[test]
+    fn limits() {
+        limits_are_the_first_that_overflow::<Bf16>();
+        limits_are_the_first_that_overflow::<F16>();
+        limits_are_the_first_that_overflow::<f32>();
+        limits_are_the_first_that_overflow::<f64>();
+    }
+
     /// The nearest 16-bit value by search, ties to even: slow and obviously right.
     fn nearest<E: Element>(x: f64, make: fn(u16) -> E, inf: u16) -> u16 {
         let magnitude = x.abs();
@@ -347,6 +442,9 @@ mod tests {
             let single = x as f32;
             prop_assert_eq!(Bf16::narrow32(single).0, nearest(f64::from(single), Bf16, 0x7F80));
             prop_assert_eq!(F16::narrow32(single).0, nearest(f64::from(single), F16, 0x7C00));
+            if single.magnitude() < Bf16::LIMIT32 {
+                prop_assert_eq!(Bf16::narrow32_below(single).0, Bf16::narrow32(single).0);
+            }
         }
 
         #[test]

@@ -5,6 +5,21 @@ use std::path::{Path, PathBuf};
 /// The result of everything in this crate that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// A message without its middle if it is long: a stranger's file could make one as long as itself.
+fn shortened(text: String) -> String {
+    const ENDS: [usize; 2] = [600, 200];
+    if text.len() <= 2 * (ENDS[0] + ENDS[1]) {
+        return text;
+    }
+    let boundary = |mut at: usize| {
+        while !text.is_char_boundary(at) {
+            at -= 1;
+        }
+        at
+    };
+    format!("{} ... {}", &text[..boundary(ENDS[0])], &text[boundary(text.len() - ENDS[1])..])
+}
+
 /// Every failure of the core. The message of each variant says where, what, and what to do next.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -72,7 +87,7 @@ impl Error {
 
     /// A format error.
     pub fn format(path: impl AsRef<Path>, problem: impl Into<String>) -> Self {
-        Self::Format { path: path.as_ref().to_path_buf(), problem: problem.into() }
+        Self::Format { path: path.as_ref().to_path_buf(), problem: shortened(problem.into()) }
     }
 
     /// A mismatch.

@@ -8,7 +8,7 @@ use crate::bf16::Work;
 use crate::operand::{Reader, Term, first_nonfinite};
 use crate::plan::{Operands, Settings, TermPlan, noises, scale_noise};
 use crate::simd::Level;
-use crate::simd::dispatch::{self, MICRO};
+use crate::simd::dispatch::{self, Extent, MICRO};
 use crate::store::digest::BlockHash;
 use crate::store::map::Pool;
 use crate::store::{Algorithm, Checkpoint, TensorView};
@@ -103,7 +103,8 @@ pub fn measure(plan: &MeasurePlan, operands: Operands<'_>, control: &Control) ->
     for t in &plan.tensors {
         let mut quantities = Vec::with_capacity(t.quantities.len());
         for q in &t.quantities {
-            let terms: Vec<Term> = q.iter().map(|term| operands.term(term, &t.name, t.elements)).collect::<Result<_>>()?;
+            let mut terms: Vec<Term> = q.iter().map(|term| operands.term(term, &t.name, t.elements)).collect::<Result<_>>()?;
+            terms.retain(|t| !t.sources().iter().all(|s| s.is_zero()));
             quantities.push(terms);
         }
         let terms = || quantities.iter().flatten();
@@ -117,12 +118,15 @@ pub fn measure(plan: &MeasurePlan, operands: Operands<'_>, control: &Control) ->
     let named = jobs.iter_mut().zip(&plan.tensors);
     let noises = named.flat_map(|(j, t)| noises(&t.name, t.elements, j.double, j.quantities.iter_mut().flatten())).collect();
     scale_noise(noises, plan.allow_nonfinite, &plan.settings, control)?;
-    let grid = Grid::new(plan.tensors.iter().map(|t| t.elements).collect(), 1);
+    // Where nothing is stored nothing is looked at: a vector can say of a zero that it is as long as it likes.
+    let lengths = jobs.iter().zip(&plan.tensors).map(|(j, t)| if j.quantities.iter().all(Vec::is_empty) { 0 } else { t.elements });
+    let lengths: Vec<u64> = lengths.collect();
+    let total = lengths.iter().sum::<u64>().max(1);
+    let grid = Grid::new(lengths, 1);
     let budget = Budget::share(plan.settings.memory_budget, plan.settings.threads(), 0, per_block.max(1));
     let results: Vec<Mutex<Vec<Option<Measured>>>> =
         (0..jobs.len()).map(|i| Mutex::new(vec![None; grid.tiles_of(i)])).collect();
     control.expect(bytes);
-    let total: u64 = plan.tensors.iter().map(|t| t.elements).sum::<u64>().max(1);
     pass::run(
         &grid,
         budget.threads,
@@ -179,13 +183,14 @@ fn measure_block<W: Work>(
         }
     }
     let mut sum = Measured::new(name, k);
+    let mut bits = [0u8; MICRO / 8];
     let mut start = 0;
     while start < n {
         let end = (start + MICRO).min(n);
         let mut here = Measured::new("", k);
         for i in 0..k {
             let x = &buffers[i][start..end];
-            let (max, moved, finite) = dispatch::extent(level, x);
+            let Extent { max, moved, finite, squares } = dispatch::extent(level, &mut bits, x);
             if !finite && !allow_nonfinite {
                 let at = range.start + start as u64..range.start + end as u64;
                 if let Some(error) = first_nonfinite::<W>(name, &[], &job.quantities[i], level, at, pool)? {
@@ -199,7 +204,7 @@ fn measure_block<W: Work>(
             }
             for j in i..k {
                 let y = &buffers[j][start..end];
-                let dot = dispatch::dot(level, x, y);
+                let dot = if i == j { squares } else { dispatch::dot(level, x, y) };
                 here.gram[i * k + j] = dot;
                 here.gram[j * k + i] = dot;
                 if i != j {

@@ -51,6 +51,34 @@ pub enum Placement {
     Segments(Vec<Segment>),
 }
 
+impl Placement {
+    /// One past the last element that gets something.
+    fn end(&self) -> u64 {
+        match self {
+            Self::Whole(source) => source.elements(),
+            Self::Segments(list) => list.last().map_or(0, |s| s.at + s.length),
+        }
+    }
+
+    /// What stands at some elements: sources, which of their elements, and where the first of those stands.
+    fn sources_of(&self, elements: Range<u64>) -> Vec<(&Source, Range<u64>, u64)> {
+        match self {
+            Self::Whole(source) => vec![(source, elements.clone(), elements.start)],
+            Self::Segments(list) => segments_of(list, &elements).map(|(s, from, at)| (&s.source, from, at)).collect(),
+        }
+    }
+}
+
+/// The segments that bring something to some elements, what of their sources they take, and where that stands.
+fn segments_of<'s>(segments: &'s [Segment], elements: &Range<u64>) -> impl Iterator<Item = (&'s Segment, Range<u64>, u64)> + use<'s> {
+    let Range { start, end } = *elements;
+    let first = segments.partition_point(|s| s.at + s.length <= start);
+    segments[first..].iter().take_while(move |s| s.at < end).map(move |s| {
+        let (from, to) = (s.at.max(start), (s.at + s.length).min(end));
+        (s, s.start + (from - s.at)..s.start + (to - s.at), from)
+    })
+}
+
 /// A control experiment in place of a vector.
 #[derive(Debug, Clone)]
 pub enum Substitute {
@@ -300,10 +328,11 @@ impl<W: Work> Reader<'_, W> {
     /// # Errors
     /// [`Error::Io`].
     pub fn corrections(&self, block: u64, into: &mut Vec<(u32, f64)>) -> Result<()> {
-        if let Kind::Straight(Straight::Stored(reader)) = &self.kind {
-            reader.corrections(block, self.exact_coefficient, into)?;
+        match &self.kind {
+            Kind::Straight(Straight::Stored(reader)) => reader.corrections(block, self.exact_coefficient, into),
+            Kind::Segments(segments, pool) => segment_corrections(segments, pool, block, self.exact_coefficient, into),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// The bytes of the tensors that it reads element for element, in the order of [`Source::tensors`].
@@ -386,18 +415,52 @@ fn add_segments<W: Work>(
     elements: Range<u64>,
     c: W,
 ) -> Result<()> {
-    let first = segments.partition_point(|s| s.at + s.length <= elements.start);
-    for segment in &segments[first..] {
-        if segment.at >= elements.end {
-            break;
-        }
-        let start = segment.at.max(elements.start);
-        let end = (segment.at + segment.length).min(elements.end);
-        let from = segment.start + (start - segment.at);
-        let range = from..from + (end - start);
+    for (segment, range, at) in segments_of(segments, &elements) {
+        let into = (at - elements.start) as usize..(at - elements.start + range.end - range.start) as usize;
         let reader = Straight::open(&segment.source, range.clone(), pool)?;
-        let into = (start - elements.start) as usize..(end - elements.start) as usize;
         reader.add(level, &mut acc[into], range, c, false)?;
+    }
+    Ok(())
+}
+
+/// The corrections that segments bring into a block.
+fn segment_corrections(segments: &[Segment], pool: &Pool, block: u64, coefficient: f64, into: &mut Vec<(u32, f64)>) -> Result<()> {
+    let elements = block * BLOCK..(block + 1) * BLOCK;
+    let mut found = Vec::new();
+    for (segment, taken, place) in segments_of(segments, &elements) {
+        let Source::Stored(stored) = &segment.source else { continue };
+        for source in taken.start / BLOCK..taken.end.div_ceil(BLOCK) {
+            found.clear();
+            stored.corrections(source, coefficient, pool, &mut found)?;
+            for &(p, correction) in &found {
+                let at = source * BLOCK + u64::from(p);
+                if taken.contains(&at) {
+                    into.push(((place + (at - taken.start) - elements.start) as u32, correction));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The corrections of a block by position, those of several terms at one position added in the order of the terms.
+///
+/// # Errors
+/// [`Error::Io`], or [`Error::Format`] for a stored vector that contradicts itself.
+pub fn gather_corrections<W: Work>(readers: &[Reader<'_, W>], block: u64, into: &mut Vec<(u32, f64)>) -> Result<()> {
+    into.clear();
+    for reader in readers {
+        reader.corrections(block, into)?;
+    }
+    if readers.len() > 1 {
+        into.sort_by_key(|&(p, _)| p);
+        into.dedup_by(|next, kept| {
+            let same = next.0 == kept.0;
+            if same {
+                kept.1 += next.1;
+            }
+            same
+        });
     }
     Ok(())
 }
@@ -480,34 +543,56 @@ pub fn first_nonfinite<W: Work>(
     elements: Range<u64>,
     pool: &Pool,
 ) -> Result<Option<Error>> {
-    let mut first: Option<(u64, Error)> = None;
-    let mut consider = |index: u64, path: PathBuf, tensor: &str, value: f64| {
-        if first.as_ref().is_none_or(|(i, _)| index < *i) {
-            let error = Error::NonFinite { path, tensor: tensor.to_owned(), index, value: value.to_string(), advice: ADVICE };
-            first = Some((index, error));
-        }
-    };
-    let whole = terms.iter().filter(|t| t.substitute.is_none()).filter_map(|t| match &t.placement {
-        Placement::Whole(source) => Some(source.tensors()),
-        Placement::Segments(_) => None,
-    });
-    for view in tensors.iter().copied().chain(whole.flatten()) {
-        let bytes = view.window(elements.clone(), pool)?;
-        with_element!(view.dtype(), E => {
-            if let Some((i, e)) = bytes.chunks_exact(E::SIZE).map(E::load).enumerate().find(|(_, e)| !e.finite()) {
-                consider(elements.start + i as u64, view.map().path().to_path_buf(), &view.entry.name, e.widen64());
-            }
-        });
+    let mut first = None;
+    for view in tensors {
+        look_at_tensor(view, elements.clone(), elements.start, pool, &mut first)?;
     }
     for term in terms {
-        // From the start of the block, because sparse tensors are read so.
-        let start = elements.start / BLOCK * BLOCK;
-        let mut values = vec![W::ZERO; (elements.end - start) as usize];
-        read_placement(&term.placement, pool, level, &mut values, start..elements.end)?;
-        let here = &values[(elements.start - start) as usize..];
-        if let Some(i) = here.iter().position(|v| !v.is_finite()) {
-            consider(elements.start + i as u64, term.path(), name, here[i].to_f64());
+        // What a shuffle puts here comes from anywhere; else from the start of the block, because sparse tensors are read so.
+        let shuffled = matches!(term.substitute, Some(Substitute::Shuffle { .. }));
+        let (start, end) = if shuffled { (0, term.placement.end()) } else { (elements.start / BLOCK * BLOCK, elements.end) };
+        let mut at = start;
+        while at < end && first.as_ref().is_none_or(|&(index, _)| at <= index) {
+            let block = at..(at + BLOCK).min(end);
+            let wanted = if shuffled { block.clone() } else { block.start.max(elements.start)..block.end };
+            for (source, range, place) in term.placement.sources_of(wanted.clone()) {
+                for view in source.tensors() {
+                    look_at_tensor(view, range.clone(), place, pool, &mut first)?;
+                }
+            }
+            let mut values = vec![W::ZERO; (block.end - block.start) as usize];
+            read_placement(&term.placement, pool, level, &mut values, block.clone())?;
+            let here = &values[(wanted.start - block.start) as usize..];
+            if let Some(i) = here.iter().position(|v| !v.is_finite()) {
+                let index = wanted.start + i as u64;
+                consider(&mut first, index, || nonfinite(term.path(), name, index, here[i].to_f64()));
+            }
+            at = block.end;
         }
     }
     Ok(first.map(|(_, e)| e))
+}
+
+/// Keeps the error of the smallest index; of several at one index the one that was found first.
+fn consider(first: &mut Option<(u64, Error)>, index: u64, error: impl FnOnce() -> Error) {
+    if first.as_ref().is_none_or(|&(i, _)| index < i) {
+        *first = Some((index, error()));
+    }
+}
+
+fn nonfinite(path: PathBuf, tensor: &str, index: u64, value: f64) -> Error {
+    Error::NonFinite { path, tensor: tensor.to_owned(), index, value: value.to_string(), advice: ADVICE }
+}
+
+/// Looks for a NaN or infinity among some elements, which stand at `place` in the output.
+fn look_at_tensor(view: &TensorView, range: Range<u64>, place: u64, pool: &Pool, first: &mut Option<(u64, Error)>) -> Result<()> {
+    let bytes = view.window(range.clone(), pool)?;
+    with_element!(view.dtype(), E => {
+        if let Some((i, e)) = bytes.chunks_exact(E::SIZE).map(E::load).enumerate().find(|(_, e)| !e.finite()) {
+            let i = i as u64;
+            let path = || view.map().path().to_path_buf();
+            consider(first, place + i, || nonfinite(path(), &view.entry.name, range.start + i, e.widen64()));
+        }
+    });
+    Ok(())
 }

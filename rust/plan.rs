@@ -336,6 +336,15 @@ pub fn dtype(name: &str, tensor: &str) -> Result<Dtype> {
     Dtype::parse(name).ok_or_else(|| Error::mismatch(tensor, format!("unknown format {name:?}")))
 }
 
+/// The elements of a shape in a plan.
+///
+/// # Errors
+/// [`Error::Mismatch`] if they, or their bytes in any format, are more than can be counted.
+pub fn elements(shape: &[u64], tensor: &str) -> Result<u64> {
+    let elements = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d)).filter(|n| n.checked_mul(16).is_some());
+    elements.ok_or_else(|| Error::mismatch(tensor, format!("the shape {shape:?} overflows")))
+}
+
 /// What digests of a plan's inputs are made with.
 pub fn default_algorithm() -> Algorithm {
     Algorithm::Xxh3

@@ -23,7 +23,8 @@ fn rebuild(family: &Family, rows: &[Row]) -> BTreeMap<String, Vec<u8>> {
         json!({"name": row.name, "dtype": row.dtype, "shape": row.shape, "target": target, "terms": [term]})
     };
     let tensors: Vec<_> = rows.iter().map(tensor).collect();
-    let what = json!({"out": out, "shards": [{"file": "model.safetensors", "tensors": tensors}]});
+    // What an F64 vector does not give back exactly may even fall off the end of its format.
+    let what = json!({"out": out, "allow_nonfinite": true, "shards": [{"file": "model.safetensors", "tensors": tensors}]});
     apply(&plan(what, how(2, 16 << 20)), &family.operands).unwrap();
     common::contents(&out)
 }
@@ -167,11 +168,8 @@ proptest! {
             .iter()
             .map(|&(w, how)| {
                 let bits = narrow(n, f64::from(w) / 65536.0 - 0.5);
-                let how = match how {
-                    Move::Becomes(b) => Move::Becomes(narrow(p, (b >> 32) as f64 / f64::from(u32::MAX) - 0.5)),
-                    other => other,
-                };
-                (bits, how)
+                let large = widen(p, moved(p, n, bits, how)).abs() > 1.0;
+                (bits, if large { Move::Becomes(narrow(p, -0.0078125)) } else { how })
             })
             .collect();
         let (positive, negative) = donors(p, n, len, stride, &tame);

@@ -28,6 +28,7 @@ MICRO = 4096
 BLOCK = 64 * MICRO
 """Elements of a block: the unit of digests, of shuffling, and of the tables for random access."""
 LANES = 16
+GROUP = 64
 
 Dtype = Literal["BF16", "F16", "F32", "F64"]
 WorkDtype = Literal["F32", "F64"]
@@ -237,21 +238,22 @@ def _finish_wide(t: Work, u: Work, lo: NDArray[np.float64], out_dtype: Dtype) ->
 # Sums: one fixed order, whatever the threads, tiles and vector registers
 
 
-def fixed_sum(values: NDArray[np.float64]) -> float:
-    """The sum of F64 [n] in the one order that every machine can keep.
+def fixed_dot(a: Work, b: Work) -> float:
+    """The sum of a * b of [n] and [n] in the one order that every machine can keep.
 
-    Lane j of 16 adds elements j, j + 16, ... of a MICRO; the lanes join in halves (0 + 8, 1 + 9,
-    ..., then 0 + 4, ...); MICRO sums join in order within a BLOCK, and BLOCK sums in order within
-    the tensor.
+    Of every 64 elements of a MICRO, lane j of 16 adds up the products at j, j + 16, j + 32 and
+    j + 48 in the work type, as (first + second) + (third + fourth), and takes them into its F64 sum;
+    the lanes join in halves (0 + 8, 1 + 9, ..., then 0 + 4, ...); MICRO sums join in order within a
+    BLOCK, and BLOCK sums in order within the tensor.
     """
-    micros = -(-values.size // MICRO)
-    padded = np.zeros(micros * MICRO)
-    padded[: values.size] = values  # no sum that began at +0.0 is changed by adding +0.0
-    grid = padded.reshape(micros, MICRO // LANES, LANES)
-    lanes = np.zeros((micros, LANES))
+    micros = -(-a.size // MICRO)
+    grid = (micros, MICRO // GROUP, GROUP // LANES, LANES)
     with np.errstate(all="ignore"):
-        for row in range(MICRO // LANES):
-            lanes += grid[:, row, :]
+        four = (_filled(a, micros) * _filled(b, micros)).reshape(grid)
+        runs = _as_f64((four[:, :, 0] + four[:, :, 1]) + (four[:, :, 2] + four[:, :, 3]))
+        lanes = np.zeros((micros, LANES))
+        for run in range(MICRO // GROUP):
+            lanes += runs[:, run]
         while lanes.shape[1] > 1:
             half = lanes.shape[1] // 2
             lanes = lanes[:, :half] + lanes[:, half:]
@@ -260,18 +262,19 @@ def fixed_sum(values: NDArray[np.float64]) -> float:
     return _in_order([_in_order(sums[i : i + step]) for i in range(0, micros, step)])
 
 
+def _filled(values: Work, micros: int) -> Work:
+    # With zeros, whose products change no sum that began at +0.0.
+    filled = np.zeros(micros * MICRO, values.dtype)
+    filled[: values.size] = values
+    return filled
+
+
 def _in_order(values: Sequence[float]) -> float:
     # Not sum(): since Python 3.12 it compensates, which is another result.
     total = 0.0
     for value in values:
         total += value
     return total
-
-
-def fixed_dot(a: Work, b: Work) -> float:
-    """The sum of a * b of [n] and [n], each widened to F64, in the fixed order."""
-    with np.errstate(all="ignore"):
-        return fixed_sum(_as_f64(a) * _as_f64(b))
 
 
 @dataclass(frozen=True)
@@ -308,15 +311,16 @@ class Rounding:
 
 def rounding(t: Bits, t_dtype: Dtype, u: Work, out: Bits, out_dtype: Dtype) -> Rounding:
     """The rounding report of one tensor [n]. Second parts of the update are not part of ``u``."""
-    before, after = widen(t, t_dtype, "F64"), widen(out, out_dtype, "F64")
+    work = _work_of(u)
+    before, after = widen(t, t_dtype, work), widen(out, out_dtype, work)
     with np.errstate(all="ignore"):
-        realised = _as_f64(after - before)
+        realised = _as_work(after - before, work)
     return Rounding(
         intended=fixed_dot(u, u),
         realised=fixed_dot(realised, realised),
         dot=fixed_dot(u, realised),
         updated=int(np.count_nonzero(u != 0)),
-        lost=int(np.count_nonzero((u != 0) & (after == before))),
+        lost=int(np.count_nonzero((u != 0) & (realised == 0))),
     )
 
 
@@ -759,7 +763,7 @@ class Pair:
 
 
 def pair(a: Work, b: Work) -> Pair:
-    """Products and agreement of two vectors [n] and [n]; products are made and summed in F64."""
+    """Products and agreement of two vectors [n] and [n]; products are summed as `fixed_dot` does."""
     both = (a != 0) & (b != 0)
     return Pair(
         dot=fixed_dot(a, b),

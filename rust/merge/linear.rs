@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::bf16::{Element, Work};
 use crate::dtype::{Class, Dtype};
-use crate::operand::{Reader, Term, first_nonfinite};
-use crate::plan::{Operands, Ref, Settings, TermPlan, dtype, noises, scale_noise};
+use crate::operand::{Reader, Term, first_nonfinite, gather_corrections};
+use crate::plan::{Operands, Ref, Settings, TermPlan, dtype, elements, noises, scale_noise};
 use crate::simd::dispatch::{self, MICRO, Rounding, with_element};
 use crate::simd::Level;
 use crate::store::digest::BlockHash;
@@ -214,15 +214,18 @@ fn prepare(plan: &ApplyPlan, operands: Operands<'_>) -> Result<Prepared> {
 
 fn shard_header(plan: &ShardPlan, operands: Operands<'_>) -> Result<Vec<u8>> {
     let mut listed = Vec::with_capacity(plan.tensors.len());
+    let mut size = 0u64;
     for t in &plan.tensors {
-        listed.push((t.name.clone(), dtype(&t.dtype, &t.name)?, t.shape.clone()));
+        let dtype = dtype(&t.dtype, &t.name)?;
+        let sum = size.checked_add(elements(&t.shape, &t.name)? * dtype.size() as u64);
+        size = sum.ok_or_else(|| Error::mismatch(&t.name, format!("the tensors of {} overflow", plan.file)))?;
+        listed.push((t.name.clone(), dtype, t.shape.clone()));
     }
     let keeps = |header: &Header| {
         header.entries.iter().map(|e| (&e.name, e.dtype, &e.shape)).eq(listed.iter().map(|(n, d, s)| (n, *d, s)))
     };
     let other = || Error::Usage(format!("{}: the plan keeps a header but lays out other tensors", plan.file));
     if let Some(text) = &plan.header_text {
-        let size = listed.iter().map(|(_, d, shape)| shape.iter().product::<u64>() * d.size() as u64).sum();
         let header = Header::parse(text, size).map_err(|problem| Error::Usage(format!("{}: {problem}", plan.file)))?;
         if !keeps(&header) {
             return Err(other());
@@ -249,8 +252,7 @@ fn shard_header(plan: &ShardPlan, operands: Operands<'_>) -> Result<Vec<u8>> {
 
 fn prepare_tensor(plan: &TensorPlan, shard: usize, offset: u64, operands: Operands<'_>) -> Result<Job> {
     let out = dtype(&plan.dtype, &plan.name)?;
-    let elements = plan.shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d)).filter(|n| n.checked_mul(16).is_some());
-    let elements = elements.ok_or_else(|| Error::mismatch(&plan.name, format!("the shape {:?} overflows", plan.shape)))?;
+    let elements = elements(&plan.shape, &plan.name)?;
     let target = plan.target.as_ref().map(|r| operands.tensor(r).map(|t| (r.clone(), t))).transpose()?;
     if let Some((_, t)) = &target {
         if t.entry.shape != plan.shape {
@@ -270,8 +272,11 @@ fn prepare_tensor(plan: &TensorPlan, shard: usize, offset: u64, operands: Operan
     }
     let mut inputs: Vec<(Ref, TensorView)> = target.iter().cloned().collect();
     let mut terms = Vec::with_capacity(plan.terms.len());
+    let mut double = out == Dtype::F64 || target.as_ref().is_some_and(|(_, t)| t.dtype() == Dtype::F64);
     for t in &plan.terms {
         let term = operands.term(t, &plan.name, elements)?;
+        // Also of what turns out to add nothing: a zero vector is combined as any other of its format.
+        double |= term.is_double();
         if term.is_zero() {
             continue;
         }
@@ -294,7 +299,6 @@ fn prepare_tensor(plan: &TensorPlan, shard: usize, offset: u64, operands: Operan
         }
         equal.push(t);
     }
-    let double = out == Dtype::F64 || target.as_ref().is_some_and(|(_, t)| t.dtype() == Dtype::F64) || terms.iter().any(Term::is_double);
     let by_block = terms.iter().any(Term::by_block);
     Ok(Job {
         name: plan.name.clone(),
@@ -567,7 +571,7 @@ impl Run<'_> {
             inputs: vec![Vec::new(); job.inputs.len()],
             rounding: Vec::new(),
         };
-        let mut wide_target = [W::ZERO; MICRO];
+        let (mut wide_target, mut change) = ([W::ZERO; MICRO], [W::ZERO; MICRO]);
         for (block, range) in tile.blocks() {
             gather_corrections(&readers, block, corrections)?;
             let mut pending = corrections.as_slice();
@@ -581,7 +585,21 @@ impl Run<'_> {
                     let from = at + (i * MICRO) as u64;
                     let place = (from - tile.elements.start) as usize;
                     let out = &mut out[place * O::SIZE..(place + u.len()) * O::SIZE];
-                    let wide = &mut wide_target[..u.len()];
+                    let (wide, change) = (&mut wide_target[..u.len()], &mut change[..u.len()]);
+                    let here = pending.partition_point(|&(p, _)| range.start + u64::from(p) < from + u.len() as u64);
+                    if let Some((t, window)) = &target {
+                        // Nearly always: one kernel, one look at every element.
+                        if here == 0 && t.dtype() == job.dtype {
+                            let bytes = &window[place * O::SIZE..(place + u.len()) * O::SIZE];
+                            let finite = dispatch::finish_change::<O, W>(level, out, bytes, u, change);
+                            if !finite && !self.plan.allow_nonfinite {
+                                dispatch::widen::<O, W>(level, wide, bytes);
+                                return Err(blame::<O, W>(job, level, from, out, wide, u, pool));
+                            }
+                            sums.join(&dispatch::rounding(level, u, change));
+                            continue;
+                        }
+                    }
                     let mut finite = match &target {
                         Some((t, window)) => {
                             let size = t.dtype().size();
@@ -598,7 +616,6 @@ impl Run<'_> {
                             dispatch::finish_as::<O, W>(level, out, wide, u)
                         }
                     };
-                    let here = pending.partition_point(|&(p, _)| range.start + u64::from(p) < from + u.len() as u64);
                     for &(p, correction) in &pending[..here] {
                         let i = (range.start + u64::from(p) - from) as usize;
                         let value = corrected::<O>(wide[i].to_f64(), u[i].to_f64(), correction);
@@ -612,7 +629,8 @@ impl Run<'_> {
                     if !finite && !self.plan.allow_nonfinite {
                         return Err(blame::<O, W>(job, level, from, out, wide, u, pool));
                     }
-                    sums.join(&dispatch::rounding::<O, W>(level, wide, out, u));
+                    dispatch::change::<O, W>(level, change, out, wide);
+                    sums.join(&dispatch::rounding(level, u, change));
                 }
                 at = end;
             }
@@ -711,25 +729,6 @@ fn accumulate<W: Work>(readers: &mut [Reader<'_, W>], level: Level, acc: &mut [W
     }
     for (i, reader) in readers.iter_mut().enumerate() {
         reader.add(level, acc, elements.clone(), i == 0)?;
-    }
-    Ok(())
-}
-
-/// The corrections of a block by position, those of several vectors at one position added in the order of the terms.
-fn gather_corrections<W: Work>(readers: &[Reader<'_, W>], block: u64, into: &mut Vec<(u32, f64)>) -> Result<()> {
-    into.clear();
-    for reader in readers {
-        reader.corrections(block, into)?;
-    }
-    if readers.len() > 1 {
-        into.sort_by_key(|&(p, _)| p);
-        into.dedup_by(|next, kept| {
-            let same = next.0 == kept.0;
-            if same {
-                kept.1 += next.1;
-            }
-            same
-        });
     }
     Ok(())
 }

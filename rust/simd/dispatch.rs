@@ -1,7 +1,7 @@
 //! Stamps each body of [`super::kernel`] for every instruction set and calls the one of a [`Level`].
 
 use super::kernel;
-pub use super::kernel::{LANES, MICRO, Rounding};
+pub use super::kernel::{Extent, MICRO, Rounding};
 use super::level::{Level, Set};
 use crate::bf16::{Element, Work};
 use crate::philox::Philox;
@@ -65,29 +65,44 @@ stamp!(
     finish_as [O: Element, W: Work] (out: &mut [u8], t: &[W], u: &[W]) -> bool
 );
 stamp!(
-    /// [`kernel::rounding`] at a level.
-    rounding [O: Element, W: Work] (t: &[W], out: &[u8], u: &[W]) -> Rounding
+    /// [`kernel::change`] at a level.
+    change [O: Element, W: Work] (r: &mut [W], out: &[u8], t: &[W])
+);
+stamp!(
+    /// [`kernel::count_lost`] at a level.
+    count_lost [W: Work] (u: &[W], r: &[W]) -> (u64, u64)
 );
 stamp!(
     /// [`kernel::dot`] at a level.
     dot [W: Work] (a: &[W], b: &[W]) -> f64
 );
 stamp!(
+    /// [`kernel::finish_change`] at a level.
+    finish_change [E: Element, W: Work] (out: &mut [u8], t: &[u8], u: &[W], r: &mut [W]) -> bool
+);
+stamp!(
     /// [`kernel::extent`] at a level.
-    extent [W: Work] (x: &[W]) -> (W, u64, bool)
+    extent [W: Work] (bits: &mut [u8], x: &[W]) -> Extent<W>
+);
+stamp!(
+    /// [`kernel::rebuilds`] at a level.
+    rebuilds [E: Element, W: Work] (p: &[u8], n: &[u8], u: &[W]) -> bool
 );
 stamp!(
     /// [`kernel::agreement`] at a level.
     agreement [W: Work] (a: &[W], b: &[W]) -> (u64, u64)
 );
 stamp!(
-    /// [`kernel::bitmap`] at a level.
-    bitmap [W: Work] (bits: &mut [u8], u: &[W]) -> u64
-);
-stamp!(
     /// [`kernel::normal`] at a level.
     normal [W: Work] (into: &mut [W], generator: Philox, from: u64, scale: f64)
 );
+
+/// The rounding report of at most MICRO elements, from the updates and what they changed. Not one body: compilers make better code of
+/// the four loops apart.
+pub fn rounding<W: Work>(level: Level, u: &[W], r: &[W]) -> Rounding {
+    let (updated, lost) = count_lost(level, u, r);
+    Rounding { intended: dot(level, u, u), realised: dot(level, r, r), dot: dot(level, u, r), updated, lost }
+}
 
 /// Calls `$body` with `$E` bound to the element type of a float format.
 macro_rules! with_element {

@@ -1,15 +1,18 @@
 //! The bodies: what is computed, once, for every format and every instruction set.
 //!
 //! Kernels borrow and never allocate. They run over at most [`MICRO`] elements at a time, so that everything they touch stays
-//! in the first-level cache, and because the order of the sums is part of the result: lane `j` of [`LANES`] takes
-//! elements `j, j + 16, ...`, and the lanes join pairwise.
+//! in the first-level cache, and because the order of the sums is part of the result (see [`dot`]).
+//!
+//! One loop does one simple thing: that is what compilers turn into vector code, and what comes from the first-level cache costs nothing.
 
 use crate::bf16::{Element, Work};
 
 /// Elements that one call handles, and the unit in which sums are made.
 pub const MICRO: usize = 4096;
-/// Partial sums per MICRO.
-pub const LANES: usize = 16;
+/// Partial sums.
+const LANES: usize = 16;
+/// Elements that they take at a time.
+const GROUP: usize = 4 * LANES;
 
 /// How the realised change of a tensor compares with the intended one (design section 3.4).
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -37,16 +40,26 @@ impl Rounding {
     }
 }
 
+/// Adds the products of a group to the lanes.
 #[inline(always)]
-fn join_lanes(mut lanes: [f64; LANES]) -> f64 {
-    let mut half = LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] += lanes[i + half];
-        }
-        half /= 2;
+fn add_products<W: Work>(lanes: &mut [f64; LANES], a: &[W; GROUP], b: &[W; GROUP]) {
+    let mut fours = [W::ZERO; LANES];
+    for j in 0..LANES {
+        let first = a[j] * b[j] + a[j + LANES] * b[j + LANES];
+        let second = a[j + 2 * LANES] * b[j + 2 * LANES] + a[j + 3 * LANES] * b[j + 3 * LANES];
+        fours[j] = first + second;
     }
-    lanes[0]
+    for j in 0..LANES {
+        lanes[j] += fours[j].to_f64();
+    }
+}
+
+/// The last group, filled up with zeros, whose products change no sum.
+#[inline(always)]
+fn filled<W: Work>(values: &[W]) -> [W; GROUP] {
+    let mut group = [W::ZERO; GROUP];
+    group[..values.len()].copy_from_slice(values);
+    group
 }
 
 #[inline(always)]
@@ -138,82 +151,129 @@ pub fn finish_as<O: Element, W: Work>(out: &mut [u8], t: &[W], u: &[W]) -> bool 
     finite
 }
 
-/// The rounding report of at most MICRO elements; `t` is the target, widened.
+/// How many updates there are, and how many of them changed nothing.
 #[inline(always)]
-pub fn rounding<O: Element, W: Work>(t: &[W], out: &[u8], u: &[W]) -> Rounding {
-    let mut intended = [0.0; LANES];
-    let mut realised = [0.0; LANES];
-    let mut dot = [0.0; LANES];
-    let mut updated = [0u32; LANES];
-    let mut lost = [0u32; LANES];
-    let mut step = |j: usize, t: W, o: W, u: W| {
-        let (u64_, r) = (u.to_f64(), o.to_f64() - t.to_f64());
-        intended[j] += u64_ * u64_;
-        realised[j] += r * r;
-        dot[j] += u64_ * r;
+pub fn count_lost<W: Work>(u: &[W], r: &[W]) -> (u64, u64) {
+    let (mut updated, mut lost) = (0u32, 0u32);
+    for (&u, &r) in u.iter().zip(r) {
         let moves = u != W::ZERO;
-        updated[j] += u32::from(moves);
-        lost[j] += u32::from(moves & (o == t));
-    };
-    let whole = u.len() / LANES * LANES;
-    for ((t, o), u) in
-        t.chunks_exact(LANES).zip(out.chunks_exact(LANES * O::SIZE)).zip(u.chunks_exact(LANES))
-    {
-        for j in 0..LANES {
-            step(j, t[j], W::widen(O::load(&o[j * O::SIZE..(j + 1) * O::SIZE])), u[j]);
-        }
+        updated += u32::from(moves);
+        lost += u32::from(moves & (r == W::ZERO));
     }
-    for i in whole..u.len() {
-        step(i - whole, t[i], W::widen(O::load(&out[i * O::SIZE..(i + 1) * O::SIZE])), u[i]);
-    }
-    Rounding {
-        intended: join_lanes(intended),
-        realised: join_lanes(realised),
-        dot: join_lanes(dot),
-        updated: updated.iter().map(|&n| u64::from(n)).sum(),
-        lost: lost.iter().map(|&n| u64::from(n)).sum(),
+    (u64::from(updated), u64::from(lost))
+}
+
+/// `r = out - t`: what became of the target, which is widened already.
+#[inline(always)]
+pub fn change<O: Element, W: Work>(r: &mut [W], out: &[u8], t: &[W]) {
+    for ((r, o), &t) in r.iter_mut().zip(elements::<O>(out)).zip(t) {
+        *r = W::widen(o) - t;
     }
 }
 
-/// Sum of `a * b` over at most MICRO elements, in f64.
+/// [`finish`] and [`change`] in one go, for a target of the output's format.
+#[inline(always)]
+pub fn finish_change<E: Element, W: Work>(out: &mut [u8], t: &[u8], u: &[W], r: &mut [W]) -> bool {
+    let mut largest = W::Magnitude::default();
+    for (((o, t), &u), r) in out.chunks_exact_mut(E::SIZE).zip(elements::<E>(t)).zip(u).zip(r.iter_mut()) {
+        let before = W::widen(t);
+        let sum = before + u;
+        largest = largest.max(sum.magnitude());
+        let value = if u == W::ZERO { t } else { sum.narrow_below::<E>() };
+        *r = W::widen(value) - before;
+        value.store(o);
+    }
+    if largest < W::limit::<E>() {
+        return true;
+    }
+    // Something is not finite, or does not fit: again, with the rounding that minds it.
+    let finite = finish::<E, W>(out, t, u);
+    for ((r, o), t) in r.iter_mut().zip(elements::<E>(out)).zip(elements::<E>(t)) {
+        *r = W::widen(o) - W::widen(t);
+    }
+    finite
+}
+
+/// Sum of `a * b` over at most MICRO elements. Of every [`GROUP`] of 64, lane `j` of [`LANES`] adds up the products at `j`, `j + 16`,
+/// `j + 32` and `j + 48` in the work type, and takes the four together into its f64 sum; in the end the lanes join pairwise.
 #[inline(always)]
 pub fn dot<W: Work>(a: &[W], b: &[W]) -> f64 {
     let mut lanes = [0.0; LANES];
-    let whole = a.len() / LANES * LANES;
-    for (a, b) in a.chunks_exact(LANES).zip(b.chunks_exact(LANES)) {
-        for j in 0..LANES {
-            lanes[j] += a[j].to_f64() * b[j].to_f64();
+    let (whole, rest) = a.as_chunks::<GROUP>();
+    let (whole_b, rest_b) = b.as_chunks::<GROUP>();
+    for (a, b) in whole.iter().zip(whole_b) {
+        add_products(&mut lanes, a, b);
+    }
+    if !rest.is_empty() {
+        add_products(&mut lanes, &filled(rest), &filled(rest_b));
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
         }
+        half /= 2;
     }
-    for i in whole..a.len() {
-        lanes[i - whole] += a[i].to_f64() * b[i].to_f64();
-    }
-    join_lanes(lanes)
+    lanes[0]
 }
 
-/// The largest |x|, the number of non-zero elements, and whether all are finite.
+/// What there is to know of some differences.
+#[derive(Debug, Clone, Copy)]
+pub struct Extent<W> {
+    /// The largest absolute value.
+    pub max: W,
+    /// Non-zero elements.
+    pub moved: u64,
+    /// Whether all are finite.
+    pub finite: bool,
+    /// Sum of squares, in the order of [`dot`].
+    pub squares: f64,
+}
+
+/// Looks at at most MICRO elements, and writes one bit for each: set where it is not zero (bit `i % 8` of byte `i / 8`; whole 64-bit words).
 #[inline(always)]
-pub fn extent<W: Work>(x: &[W]) -> (W, u64, bool) {
-    let mut largest = [W::ZERO; LANES];
-    let mut moved = [0u32; LANES];
-    let mut finite = [true; LANES];
-    let mut step = |j: usize, x: W| {
-        let a = x.abs();
-        largest[j] = if a > largest[j] { a } else { largest[j] };
-        moved[j] += u32::from(x != W::ZERO);
-        finite[j] &= x.is_finite();
-    };
-    let whole = x.len() / LANES * LANES;
-    for x in x.chunks_exact(LANES) {
-        for j in 0..LANES {
-            step(j, x[j]);
+pub fn extent<W: Work>(bits: &mut [u8], x: &[W]) -> Extent<W> {
+    let mut largest = W::Magnitude::default();
+    for x in x {
+        largest = largest.max(x.magnitude());
+    }
+    let mut max = W::from_magnitude(largest);
+    let finite = max.is_finite();
+    if !finite {
+        max = x.iter().fold(W::ZERO, |m, x| if x.abs() > m { x.abs() } else { m });
+    }
+    let (whole, rest) = x.as_chunks::<64>();
+    let (words, last) = bits.split_at_mut(whole.len() * 8);
+    let mut moved = 0;
+    for (bytes, x) in words.as_chunks_mut::<8>().0.iter_mut().zip(whole) {
+        let mut word = 0u64;
+        for (j, &x) in x.iter().enumerate() {
+            word |= u64::from(x != W::ZERO) << j;
         }
+        *bytes = word.to_le_bytes();
+        moved += word.count_ones();
     }
-    for i in whole..x.len() {
-        step(i - whole, x[i]);
+    if !rest.is_empty() {
+        let word = rest.iter().enumerate().fold(0u64, |w, (j, &x)| w | u64::from(x != W::ZERO) << j);
+        last[..8].copy_from_slice(&word.to_le_bytes());
+        moved += word.count_ones();
     }
-    let max = largest.iter().fold(W::ZERO, |m, &a| if a > m { a } else { m });
-    (max, moved.iter().map(|&n| u64::from(n)).sum(), finite.iter().all(|&f| f))
+    Extent { max, moved: u64::from(moved), finite, squares: dot(x, x) }
+}
+
+/// Whether `round(n + u)`, with `n`'s own bits where `u` is zero, is `p` bit for bit, for every element. It may say no where
+/// some sum does not fit the format.
+#[inline(always)]
+pub fn rebuilds<E: Element, W: Work>(p: &[u8], n: &[u8], u: &[W]) -> bool {
+    let mut same = true;
+    let mut largest = W::Magnitude::default();
+    for ((p, n), &u) in elements::<E>(p).zip(elements::<E>(n)).zip(u) {
+        let sum = W::widen(n) + u;
+        largest = largest.max(sum.magnitude());
+        let value = if u == W::ZERO { n } else { sum.narrow_below::<E>() };
+        same &= value.same_bits(p);
+    }
+    same & (largest < W::limit::<E>())
 }
 
 /// How many positions both moved, and how many of those in the same direction.
@@ -227,31 +287,6 @@ pub fn agreement<W: Work>(a: &[W], b: &[W]) -> (u64, u64) {
         agree += u32::from(moved & ((a > W::ZERO) == (b > W::ZERO)));
     }
     (u64::from(both), u64::from(agree))
-}
-
-/// Writes one bit per element, set where it is not zero (bit `i % 8` of byte `i / 8`); the number of set bits.
-#[inline(always)]
-pub fn bitmap<W: Work>(bits: &mut [u8], u: &[W]) -> u64 {
-    let mut count = 0u32;
-    let mut chunks = u.chunks_exact(8);
-    for (byte, u) in bits.iter_mut().zip(&mut chunks) {
-        let mut b = 0u8;
-        for (j, &u) in u.iter().enumerate() {
-            b |= u8::from(u != W::ZERO) << j;
-        }
-        *byte = b;
-        count += b.count_ones();
-    }
-    let rest = chunks.remainder();
-    if !rest.is_empty() {
-        let mut b = 0u8;
-        for (j, &u) in rest.iter().enumerate() {
-            b |= u8::from(u != W::ZERO) << j;
-        }
-        bits[u.len() / 8] = b;
-        count += b.count_ones();
-    }
-    u64::from(count)
 }
 
 /// Normal deviates `from..from + into.len()` of a generator, times `scale`.

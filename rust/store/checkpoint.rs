@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use super::header::{Entry, Header};
+use super::header::{Entry, Header, Unique};
 use super::map::{FileMap, Pool, Window};
 use crate::dtype::Dtype;
 use crate::{Error, Result};
@@ -252,23 +252,24 @@ pub fn is_plain_name(name: &str) -> bool {
 fn read_index(path: &Path) -> Result<HashMap<String, String>> {
     #[derive(serde::Deserialize)]
     struct Index {
-        weight_map: HashMap<String, String>,
+        weight_map: Unique<String>,
     }
     let meta = std::fs::metadata(path).map_err(|e| Error::io(path, "inspect", e))?;
     if meta.len() > super::header::LONGEST {
         return Err(Error::format(path, format!("an index of {} bytes is not credible; download it again", meta.len())));
     }
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, "read", e))?;
+    let text = std::fs::read(path).map_err(|e| Error::io(path, "read", e))?;
+    let text = String::from_utf8(text).map_err(|e| Error::format(path, format!("the index is not UTF-8: {e}")))?;
     let index: Index =
         serde_json::from_str(&text).map_err(|e| Error::format(path, format!("expected an object with a weight_map: {e}")))?;
-    for (tensor, file) in &index.weight_map {
+    for (tensor, file) in &index.weight_map.0 {
         if !is_plain_name(file) || !file.ends_with(".safetensors") {
             return Err(Error::format(path, format!(
                 "puts tensor {tensor:?} in {file:?}, which is no .safetensors file of this folder; do not trust this checkpoint"
             )));
         }
     }
-    Ok(index.weight_map)
+    Ok(index.weight_map.0.into_iter().collect())
 }
 
 /// `<stem>-0000k-of-0000n.safetensors` without an index: all n must be there.

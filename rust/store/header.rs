@@ -1,6 +1,6 @@
 //! The header of a safetensors file, read as something that a stranger wrote.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 use serde::de::{Error as _, MapAccess, Visitor};
@@ -49,10 +49,13 @@ struct RawEntry {
     dtype: String,
     shape: Vec<u64>,
     data_offsets: [u64; 2],
+    /// Fields of somebody else. They are read, not skipped: serde_json skips over what is no JSON, such as a number out of range.
+    #[serde(flatten)]
+    _others: HashMap<String, serde_json::Value>,
 }
 
 /// A map that refuses to hold a key twice, where serde_json's keeps the last.
-struct Unique<T>(Vec<(String, T)>);
+pub(crate) struct Unique<T>(pub(crate) Vec<(String, T)>);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Unique<T> {
     fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
@@ -94,7 +97,7 @@ impl<'de> Deserialize<'de> for Raw {
                         return Err(A::Error::custom(format!("{key:?} stands twice")));
                     }
                     if key == "__metadata__" {
-                        raw.metadata = map.next_value::<Unique<String>>()?.0;
+                        raw.metadata = map.next_value::<Option<Unique<String>>>()?.map_or_else(Vec::new, |m| m.0);
                     } else {
                         let entry = map
                             .next_value::<RawEntry>()
@@ -161,7 +164,8 @@ impl Header {
             let expected = raw
                 .shape
                 .iter()
-                .try_fold(dtype.size() as u64, |n, &d| n.checked_mul(d))
+                .try_fold(1u64, |n, &d| n.checked_mul(d))
+                .and_then(|n| n.checked_mul(dtype.size() as u64))
                 .ok_or_else(|| format!("tensor {name:?}: the shape {:?} overflows", raw.shape))?;
             if expected != end - begin {
                 return Err(format!(

@@ -41,16 +41,17 @@ impl Journal {
     pub fn resume<T: DeserializeOwned>(folder: &Path, fingerprint: &str) -> Result<(Self, Vec<T>)> {
         let path = folder.join(NAME);
         let file = File::open(&path).map_err(|e| Error::io(&path, "open", e))?;
-        let mut lines = BufReader::new(file).lines();
+        let mut lines = BufReader::new(file).split(b'\n');
         let first = lines.next().transpose().map_err(|e| Error::io(&path, "read", e))?.unwrap_or_default();
-        let found: serde_json::Value = serde_json::from_str(&first).unwrap_or_default();
+        let found: serde_json::Value = serde_json::from_slice(&first).unwrap_or_default();
         if found["fingerprint"] != fingerprint {
             return Err(Error::Usage(format!(
                 "{}: the unfinished run in this folder had another recipe, or its inputs have changed since; start over with --overwrite",
                 folder.display()
             )));
         }
-        let done = lines.map_while(|l| l.ok()).map_while(|l| serde_json::from_str(&l).ok()).collect();
+        // Behind a line that an earlier kill cut off there may be those of an earlier resumed run.
+        let done = lines.map_while(|l| l.ok()).filter_map(|l| serde_json::from_slice(&l).ok()).collect();
         let file = OpenOptions::new().append(true).open(&path).map_err(|e| Error::io(&path, "open", e))?;
         let mut journal = Self { path, file };
         // Whatever line the kill cut off must not swallow the next one.

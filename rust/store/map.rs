@@ -45,11 +45,12 @@ impl FileMap {
     /// # Errors
     /// [`Error::Io`] if it cannot be opened, [`Error::Format`] if it is not a regular file.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|e| Error::io(path, "open", e))?;
-        let meta = file.metadata().map_err(|e| Error::io(path, "inspect", e))?;
-        if !meta.is_file() {
+        // Before it is opened: to open a named pipe is to wait for whoever writes into it.
+        if !std::fs::metadata(path).map_err(|e| Error::io(path, "open", e))?.is_file() {
             return Err(Error::format(path, "expected a regular file"));
         }
+        let file = File::open(path).map_err(|e| Error::io(path, "open", e))?;
+        let meta = file.metadata().map_err(|e| Error::io(path, "inspect", e))?;
         let len = meta.len();
         #[cfg(target_os = "linux")]
         let map = map_if_populatable(&file, len);

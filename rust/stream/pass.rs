@@ -64,9 +64,10 @@ pub fn run<S>(
             return;
         }
         let mut scratch = scratch();
-        loop {
+        // A tile that was handed out is worked on whatever happens to later ones, so that the earliest error is found in every race.
+        while !failed.load(Ordering::Relaxed) && !control.cancelled() {
             let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= grid.len() || failed.load(Ordering::Relaxed) || control.cancelled() {
+            if i >= grid.len() {
                 return;
             }
             if i + threads < grid.len() {

@@ -1,8 +1,7 @@
 //! Choosing an encoding, and turning a block of differences into it.
 
 use crate::bf16::Work;
-use crate::simd::Level;
-use crate::simd::dispatch;
+use crate::simd::dispatch::MICRO;
 
 use super::sparse::{ESCAPE_BF16, ESCAPE_CODE};
 
@@ -162,33 +161,37 @@ impl Packed {
         (self.moved, self.max, self.max_at, self.inexact, self.long) = (0, 0.0, None, 0, false);
     }
 
-    /// Writes the values of at most MICRO differences. `bits` is scratch for their bitmap; the number that moved.
-    pub fn pack<W: Work>(&mut self, level: Level, codec: &Codec, u: &[W], bits: &mut [u8]) -> u64 {
-        let bytes = u.len().div_ceil(8);
-        let moved = dispatch::bitmap(level, &mut bits[..bytes], u);
+    /// Writes the values of at most MICRO differences, and (but for a dense tensor) their bitmap, which is given.
+    pub fn pack<W: Work>(&mut self, codec: &Codec, u: &[W], bits: &[u8]) {
         let single = |v: W| v.to_f64() as f32;
         match codec {
             Codec::Dense => {
-                let double = size_of::<W>() == 8;
                 for &v in u {
-                    if double {
+                    if size_of::<W>() == 8 {
                         self.values.extend_from_slice(&v.to_f64().to_le_bytes());
                     } else {
                         self.long |= v != W::ZERO && short_bits(single(v)).is_none();
                         self.values.extend_from_slice(&single(v).to_le_bytes());
                     }
                 }
-                return moved;
+                return;
             }
-            Codec::Palette(palette) => each_set(&bits[..bytes], |i| {
-                let v = single(u[i]);
-                let code = short_bits(v).map_or(ESCAPE_CODE, |b| palette.codes[usize::from(b)]);
-                self.values.push(code);
-                if code == ESCAPE_CODE {
-                    self.escapes.extend_from_slice(&v.to_le_bytes());
-                }
-            }),
-            Codec::Bf16 => each_set(&bits[..bytes], |i| {
+            Codec::Palette(palette) => {
+                // Codes go through a buffer of fixed size: growing a vector byte by byte costs more than finding the byte.
+                let mut codes = [0u8; MICRO];
+                let mut n = 0;
+                each_set(bits, |i| {
+                    let v = single(u[i]);
+                    let code = short_bits(v).map_or(ESCAPE_CODE, |b| palette.codes[usize::from(b)]);
+                    codes[n] = code;
+                    n += 1;
+                    if code == ESCAPE_CODE {
+                        self.escapes.extend_from_slice(&v.to_le_bytes());
+                    }
+                });
+                self.values.extend_from_slice(&codes[..n]);
+            }
+            Codec::Bf16 => each_set(bits, |i| {
                 let v = single(u[i]);
                 let short = short_bits(v);
                 self.values.extend_from_slice(&short.unwrap_or(ESCAPE_BF16).to_le_bytes());
@@ -196,7 +199,7 @@ impl Packed {
                     self.escapes.extend_from_slice(&v.to_le_bytes());
                 }
             }),
-            Codec::Plain => each_set(&bits[..bytes], |i| {
+            Codec::Plain => each_set(bits, |i| {
                 if size_of::<W>() == 8 {
                     self.values.extend_from_slice(&u[i].to_f64().to_le_bytes());
                 } else {
@@ -204,13 +207,7 @@ impl Packed {
                 }
             }),
         }
-        self.bitmap.extend_from_slice(&bits[..bytes]);
-        moved
-    }
-
-    /// Pads the bitmap to whole words, after the last micro of a tile.
-    pub fn pad_bitmap(&mut self) {
-        self.bitmap.resize(self.bitmap.len().next_multiple_of(8), 0);
+        self.bitmap.extend_from_slice(bits);
     }
 }
 

@@ -11,10 +11,10 @@ use super::format::{CONFIG, Encoding, Row, VERSION};
 use super::wide::correction;
 use crate::bf16::{Element, Work};
 use crate::dtype::Dtype;
-use crate::operand::{Placement, Reader, Source, Term, first_nonfinite};
-use crate::plan::{Operands, Ref, Settings, TermPlan, dtype, noises, scale_noise};
+use crate::operand::{Placement, Reader, Source, Substitute, Term, first_nonfinite, gather_corrections};
+use crate::plan::{Operands, Ref, Settings, TermPlan, dtype, elements, noises, scale_noise};
 use crate::simd::Level;
-use crate::simd::dispatch::{self, MICRO, with_element};
+use crate::simd::dispatch::{self, Extent, MICRO, with_element};
 use crate::store::map::Pool;
 use crate::store::writer::write_whole;
 use crate::store::{Algorithm, TensorView};
@@ -105,9 +105,9 @@ fn prepare(plan: &ExtractPlan, operands: Operands<'_>) -> Result<Vec<Job>> {
     let mut jobs = Vec::with_capacity(plan.tensors.len());
     for t in &plan.tensors {
         let dtype = dtype(&t.dtype, &t.name)?;
-        let elements = t.shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d)).filter(|n| n.checked_mul(16).is_some());
-        let elements = elements.ok_or_else(|| Error::mismatch(&t.name, format!("the shape {:?} overflows", t.shape)))?;
+        let elements = elements(&t.shape, &t.name)?;
         let mut terms: Vec<Term> = t.terms.iter().map(|term| operands.term(term, &t.name, elements)).collect::<Result<_>>()?;
+        let double = terms.iter().any(Term::is_double);
         terms.retain(|t| !t.is_zero());
         let equal: Vec<TensorView> = t.equal.iter().map(|r| operands.tensor(r)).collect::<Result<_>>()?;
         if equal.iter().any(|e| e.entry.shape != t.shape || e.dtype() != dtype) {
@@ -120,7 +120,6 @@ fn prepare(plan: &ExtractPlan, operands: Operands<'_>) -> Result<Vec<Job>> {
             [Term { coefficient: 1.0, placement: Placement::Whole(Source::Difference(p, _)), substitute: None }] => p.dtype() == dtype,
             _ => false,
         };
-        let double = terms.iter().any(Term::is_double);
         jobs.push(Job { name: t.name.clone(), shape: t.shape.clone(), dtype, elements, terms, equal, double, rebuild, codec: OnceLock::new() });
     }
     Ok(jobs)
@@ -199,6 +198,7 @@ struct Scratch {
     single: Vec<f32>,
     double: Vec<f64>,
     rebuilt: Vec<u8>,
+    corrections: Vec<(u32, f64)>,
 }
 
 struct Run<'a> {
@@ -214,18 +214,18 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn tile(&self, scratch: &mut Scratch, number: usize, tile: &Tile) -> Result<()> {
         let job = &self.jobs[tile.tensor];
-        let Scratch { pool, packed, single, double, rebuilt } = scratch;
+        let Scratch { pool, packed, single, double, rebuilt, corrections } = scratch;
         packed.clear();
         let codec = if job.terms.is_empty() {
             self.check_equal(job, tile, pool)?;
             None
         } else if job.double {
             let codec = self.codec(job, pool, double)?;
-            with_element!(job.dtype, E => self.encode::<E, f64>(job, tile, codec, pool, double, rebuilt, packed)?);
+            with_element!(job.dtype, E => self.encode::<E, f64>(job, tile, codec, pool, double, rebuilt, corrections, packed)?);
             Some(codec)
         } else {
             let codec = self.codec(job, pool, single)?;
-            with_element!(job.dtype, E => self.encode::<E, f32>(job, tile, codec, pool, single, rebuilt, packed)?);
+            with_element!(job.dtype, E => self.encode::<E, f32>(job, tile, codec, pool, single, rebuilt, corrections, packed)?);
             Some(codec)
         };
         let last = tile.elements.end == job.elements;
@@ -275,25 +275,19 @@ impl<'a> Run<'a> {
             return Ok(codec);
         }
         let mut sample = Sample::default();
-        let micros = job.elements.div_ceil(MICRO as u64);
-        let taken = micros.min(SAMPLE / MICRO as u64);
-        buffer.resize(buffer.len().max(BLOCK as usize), W::ZERO);
+        // A shuffle is defined on whole blocks, and has mixed what is in them.
+        let shuffled = job.terms.iter().any(|t| matches!(t.substitute, Some(Substitute::Shuffle { .. })));
+        let span = if shuffled { BLOCK } else { MICRO as u64 };
+        let spans = job.elements.div_ceil(span);
+        let taken = spans.min(SAMPLE / span);
+        buffer.resize(buffer.len().max(span as usize), W::ZERO);
         for k in 0..taken {
-            let start = k * micros / taken * MICRO as u64;
-            let range = start..(start + MICRO as u64).min(job.elements);
+            let start = k * spans / taken * span;
+            let range = start..(start + span).min(job.elements);
             let u = &mut buffer[..(range.end - range.start) as usize];
             let mut readers = open(&job.terms, range.clone(), pool)?;
-            if job.terms.iter().any(Term::by_block) {
-                // A control is defined on whole blocks; a sample of blocks does as well.
-                let block = start / BLOCK * BLOCK..((start / BLOCK + 1) * BLOCK).min(job.elements);
-                let whole = &mut buffer[..(block.end - block.start) as usize];
-                let mut readers = open(&job.terms, block.clone(), pool)?;
-                accumulate(&mut readers, self.level, whole, block.clone())?;
-                sample.look(&whole[(start - block.start) as usize..][..(range.end - range.start) as usize]);
-            } else {
-                accumulate(&mut readers, self.level, u, range)?;
-                sample.look(u);
-            }
+            accumulate(&mut readers, self.level, u, range)?;
+            sample.look(u);
         }
         Ok(job.codec.get_or_init(|| sample.choose(self.plan.encoding, job.double)))
     }
@@ -307,6 +301,7 @@ impl<'a> Run<'a> {
         pool: &Pool,
         buffer: &mut Vec<W>,
         rebuilt: &mut Vec<u8>,
+        corrections: &mut Vec<(u32, f64)>,
         packed: &mut Packed,
     ) -> Result<()> {
         let level = self.level;
@@ -316,7 +311,7 @@ impl<'a> Run<'a> {
         rebuilt.resize(MICRO * E::SIZE, 0);
         let mut bits = [0u8; MICRO / 8];
         let mut wide_negative = [W::ZERO; MICRO];
-        for (_, block) in tile.blocks() {
+        for (number, block) in tile.blocks() {
             let (mut squares, before) = (0.0, (packed.moved, packed.escapes.len(), packed.wide_at.len()));
             let mut at = block.start;
             while at < block.end {
@@ -325,7 +320,8 @@ impl<'a> Run<'a> {
                 accumulate(&mut readers, level, buffer, at..end)?;
                 for (i, u) in buffer.chunks(MICRO).enumerate() {
                     let from = at + (i * MICRO) as u64;
-                    let (max, _, finite) = dispatch::extent(level, u);
+                    let words = &mut bits[..u.len().div_ceil(64) * 8];
+                    let Extent { max, moved, finite, squares: here } = dispatch::extent(level, words, u);
                     if !finite && !self.plan.allow_nonfinite {
                         let range = from..from + u.len() as u64;
                         if let Some(e) = first_nonfinite::<W>(&job.name, &[], &job.terms, level, range, pool)? {
@@ -336,19 +332,23 @@ impl<'a> Run<'a> {
                         packed.max = max.to_f64();
                         packed.max_at = u.iter().position(|v| v.abs() == max).map(|p| from + p as u64);
                     }
-                    squares += dispatch::dot(level, u, u);
-                    packed.moved += packed.pack(level, codec, u, &mut bits);
+                    squares += here;
+                    packed.moved += moved;
+                    packed.pack(codec, u, words);
                     if job.rebuild {
                         let place = from - tile.elements.start;
                         let windows = readers[0].windows();
                         let p = &windows[0][place as usize * E::SIZE..(place as usize + u.len()) * E::SIZE];
                         let negative = negative_dtype(&job.terms[0]).unwrap_or(job.dtype);
                         let n = &windows[1][place as usize * negative.size()..(place as usize + u.len()) * negative.size()];
+                        if negative == job.dtype && dispatch::rebuilds::<E, W>(level, p, n, u) {
+                            continue;
+                        }
                         let out = &mut rebuilt[..u.len() * E::SIZE];
+                        let wide = &mut wide_negative[..u.len()];
                         if negative == job.dtype {
                             dispatch::finish::<E, W>(level, out, n, u);
                         } else {
-                            let wide = &mut wide_negative[..u.len()];
                             with_element!(negative, N => dispatch::widen::<N, W>(level, wide, n));
                             dispatch::finish_as::<E, W>(level, out, wide, u);
                         }
@@ -359,15 +359,18 @@ impl<'a> Run<'a> {
                 }
                 at = end;
             }
+            // Stored vectors bring corrections along; a difference of two tensors makes its own.
+            gather_corrections(&readers, number, corrections)?;
+            for (at, lo) in corrections.iter() {
+                packed.wide_at.extend_from_slice(&at.to_le_bytes());
+                packed.wide_lo.extend_from_slice(&lo.to_le_bytes());
+            }
             packed.squares.push(squares);
             packed.counts.push([
                 packed.moved - before.0,
                 ((packed.escapes.len() - before.1) / 4) as u64,
                 ((packed.wide_at.len() - before.2) / 4) as u64,
             ]);
-        }
-        if !matches!(codec, Codec::Dense) {
-            packed.pad_bitmap();
         }
         Ok(())
     }

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::stored::Stored;
 use crate::dtype::Dtype;
+use crate::store::header::Unique;
 use crate::store::{Algorithm, Checkpoint};
 use crate::{Error, Result};
 
@@ -67,7 +68,13 @@ pub struct Row {
     /// Stored bytes.
     pub bytes: u64,
     /// The pieces, by role.
+    #[serde(deserialize_with = "unique")]
     pub parts: BTreeMap<String, Part>,
+}
+
+/// A role that stands twice would hide the first of its parts.
+fn unique<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<BTreeMap<String, Part>, D::Error> {
+    Ok(Unique::deserialize(d)?.0.into_iter().collect())
 }
 
 #[derive(Debug, Deserialize)]
@@ -106,8 +113,12 @@ impl VectorFolder {
         if meta.len() > 8 * crate::store::header::LONGEST {
             return Err(Error::format(&config_path, format!("a manifest of {} bytes is not credible", meta.len())));
         }
-        let text = std::fs::read_to_string(&config_path).map_err(|e| Error::io(&config_path, "read", e))?;
         let bad = |problem: String| Error::format(&config_path, problem);
+        if !meta.is_file() {
+            return Err(bad("expected a regular file".into()));
+        }
+        let text = std::fs::read(&config_path).map_err(|e| Error::io(&config_path, "read", e))?;
+        let text = String::from_utf8(text).map_err(|e| bad(format!("the manifest is not UTF-8: {e}")))?;
         let config: Config = serde_json::from_str(&text).map_err(|e| bad(format!("expected a vector manifest: {e}")))?;
         if config.format != VERSION {
             return Err(bad(format!(

@@ -54,6 +54,15 @@ impl Stored {
         if elements != row.elements {
             return Err(bad(format!("the shape {:?} has {elements} elements, the row says {}", row.shape, row.elements)));
         }
+        let mut bytes = 0;
+        for (role, part) in row.parts.iter().filter(|_| data.is_some()) {
+            let entry = data.and_then(|d| d.tensor(&part.entry).ok()).map(|t| t.entry);
+            let entry = entry.ok_or_else(|| bad(format!("the part {role:?} is {:?}, which no data file holds", part.entry)))?;
+            bytes += entry.end - entry.begin;
+        }
+        if data.is_some() && bytes != row.bytes {
+            return Err(bad(format!("its parts have {bytes} bytes, the row says {}", row.bytes)));
+        }
         let mut wide = None;
         let body = match (row.encoding, data) {
             (Encoding::Zero, _) if row.moved == 0 && row.parts.is_empty() => Body::Zero,
@@ -82,16 +91,17 @@ impl Stored {
                 Body::Sparse(Box::new(Sparse::open(row, data)?))
             }
         };
-        Ok(Self { name: row.name.clone(), shape: row.shape.clone(), dtype, elements, bytes: row.bytes, path: path.to_path_buf(), body, wide })
+        Ok(Self { name: row.name.clone(), shape: row.shape.clone(), dtype, elements, bytes, path: path.to_path_buf(), body, wide })
     }
 
-    /// Whether it is combined in f64.
+    /// Whether it is combined in f64: by its donors' format, and where only the negative one was F64, by what is stored.
     pub fn is_double(&self) -> bool {
-        match &self.body {
+        let stored = match &self.body {
             Body::Zero => false,
             Body::Dense(v) => v.dtype() == Dtype::F64,
             Body::Sparse(s) => s.is_double(),
-        }
+        };
+        stored || self.dtype == Dtype::F64
     }
 
     /// Whether nothing is stored.
@@ -128,6 +138,14 @@ impl Stored {
         }
     }
 
+    /// The corrections of a block times a coefficient, by position.
+    pub(crate) fn corrections(&self, block: u64, coefficient: f64, pool: &Pool, into: &mut Vec<(u32, f64)>) -> Result<()> {
+        match &self.wide {
+            Some(wide) => wide.read(block, coefficient, pool, into),
+            None => Ok(()),
+        }
+    }
+
     pub(crate) fn open_on<'a>(&'a self, elements: Range<u64>, pool: &'a Pool) -> Result<StoredReader<'a>> {
         let from = elements.start;
         let body = match &self.body {
@@ -135,7 +153,7 @@ impl Stored {
             Body::Dense(v) => ReaderBody::Dense { window: v.window(elements, pool)?, dtype: v.dtype(), from },
             Body::Sparse(s) => ReaderBody::Sparse(s.open_on(&elements, pool)?),
         };
-        Ok(StoredReader { body, wide: self.wide.as_ref(), pool })
+        Ok(StoredReader { body, stored: self, pool })
     }
 }
 
@@ -143,7 +161,7 @@ impl Stored {
 #[derive(Debug)]
 pub struct StoredReader<'a> {
     body: ReaderBody<'a>,
-    wide: Option<&'a Wide>,
+    stored: &'a Stored,
     pool: &'a Pool,
 }
 
@@ -177,9 +195,6 @@ impl StoredReader<'_> {
     }
 
     pub(crate) fn corrections(&self, block: u64, coefficient: f64, into: &mut Vec<(u32, f64)>) -> Result<()> {
-        match self.wide {
-            Some(wide) => wide.read(block, coefficient, self.pool, into),
-            None => Ok(()),
-        }
+        self.stored.corrections(block, coefficient, self.pool, into)
     }
 }

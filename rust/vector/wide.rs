@@ -76,7 +76,12 @@ impl Wide {
                 return Err(Error::format(self.at.map().path(), problem));
             }
             least = u64::from(position) + 1;
-            into.push((position, coefficient * f64::load(lo)));
+            let lo = f64::load(lo);
+            if !lo.is_finite() {
+                let problem = format!("{:?}: the correction of place {position} of block {block} is {lo}; the file is damaged", self.lo.entry.name);
+                return Err(Error::format(self.lo.map().path(), problem));
+            }
+            into.push((position, coefficient * lo));
         }
         Ok(())
     }

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import blake3
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from shards import SIZE, Stored, read_checkpoint, stored, write_checkpoint
 
@@ -24,7 +25,9 @@ from reasonvec import reference as ref
 from reasonvec.algebra import Vector
 from reasonvec.apply import OutDtype
 from reasonvec.reference import BLOCK, MICRO, NOT_WIDE, Bits, Dtype, Wide, Work, WorkDtype
+from reasonvec.measure import Measured, Quantities, measure
 from reasonvec.rounding import Rounding
+from reasonvec.terms import Operands, leaf_layout, vector_quantity
 
 FLOATS: list[Dtype] = ["BF16", "F16", "F32", "F64"]
 OUT: dict[OutDtype | None, Dtype | None] = {
@@ -37,9 +40,10 @@ HASHES = {
 SMALL_SIZES = (0, 1, 15, 16, 17, MICRO - 1, MICRO, MICRO + 1)
 LARGE_SIZES = (BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + MICRO + 5)
 # A busy machine is not a failure; the smallest failing case is worth its time.
-PROPERTY = settings(deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate], suppress_health_check=[HealthCheck.too_slow])
+PROPERTY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 Substitute = Literal["random", "shuffle", "reverse"]
+Inputs: TypeAlias = dict[str, dict[int, Bits]]
 
 
 @dataclass(frozen=True)
@@ -147,17 +151,21 @@ def donors(case: Case, term: Term, size: int, place: int) -> tuple[Bits, Bits]:
     return n.astype(unsigned(term.negative)), p.astype(unsigned(term.positive))
 
 
-def write_inputs(case: Case, folder: Path) -> dict[str, dict[int, Bits]]:
-    """Target (t), donors (p0, n0, ...) and stored vectors (v0, ...) of a case; the bits of the first two."""
-    bits: dict[str, dict[int, Bits]] = {"t": {}}
+def inputs_of(case: Case) -> Inputs:
+    """The bits of a case's target (t) and donors (p0, n0, ...), by size."""
+    bits: Inputs = {"t": {size: draw(case, case.target, size, 0) for size in case.sizes}}
+    for i, term in enumerate(case.terms):
+        pairs = {size: donors(case, term, size, i + 1) for size in case.sizes}
+        bits[f"n{i}"] = {size: n for size, (n, _) in pairs.items()}
+        bits[f"p{i}"] = {size: p for size, (_, p) in pairs.items()}
+    return bits
+
+
+def write_inputs(case: Case, bits: Inputs, folder: Path) -> None:
+    """A checkpoint for each role, and a folder (v0, ...) for each vector that the case stores."""
     dtypes = {"t": case.target}
     for i, term in enumerate(case.terms):
         dtypes |= {f"n{i}": term.negative, f"p{i}": term.positive}
-        bits |= {f"n{i}": {}, f"p{i}": {}}
-    for size in case.sizes:
-        bits["t"][size] = draw(case, case.target, size, 0)
-        for i, term in enumerate(case.terms):
-            bits[f"n{i}"][size], bits[f"p{i}"][size] = donors(case, term, size, i + 1)
     for role, tensors in bits.items():
         rows = {name_of(size): stored(dtypes[role], b) for size, b in tensors.items()}
         write_checkpoint(folder / role, rows)
@@ -169,7 +177,6 @@ def write_inputs(case: Case, folder: Path) -> dict[str, dict[int, Bits]]:
                 sync=False,
                 allow_nonfinite=not case.finite,
             )
-    return bits
 
 
 def vector_of(case: Case, folder: Path, i: int) -> Vector:
@@ -187,7 +194,7 @@ def vector_of(case: Case, folder: Path, i: int) -> Vector:
 
 
 def value_of(
-    case: Case, bits: dict[str, dict[int, Bits]], i: int, size: int, work: WorkDtype
+    case: Case, bits: Inputs, i: int, size: int, work: WorkDtype
 ) -> tuple[Work, Wide]:
     """What a term gives to one tensor before its coefficient, by the reference."""
     term, p, n = case.terms[i], bits[f"p{i}"][size], bits[f"n{i}"][size]
@@ -204,22 +211,32 @@ def value_of(
     return v, wide
 
 
+def coefficient_of(term: Term) -> float:
+    return -term.alpha if term.control == "reverse" else term.alpha
+
+
+def formats_of(term: Term, bits: Inputs, i: int, size: int) -> list[Dtype]:
+    """The operand formats that decide in what a tensor is combined."""
+    if term.encoding is not None:
+        v = ref.extract(bits[f"p{i}"][size], term.positive, bits[f"n{i}"][size], term.negative)
+        if not v.values.any() and not v.wide.at.size:
+            return [term.positive]  # stored as nothing, under the positive donor's format
+    return [term.positive, term.negative]
+
+
 def expected(
-    case: Case, bits: dict[str, dict[int, Bits]], size: int
+    case: Case, bits: Inputs, size: int
 ) -> tuple[Bits, ref.Rounding | None]:
     """The output of one tensor and its rounding report, by the reference."""
     t, out = bits["t"][size], OUT[case.out] or case.target
     used = [i for i, term in enumerate(case.terms) if term.alpha != 0]
-    formats = [f for i in used for f in (case.terms[i].positive, case.terms[i].negative)]
+    formats = [f for i in used for f in formats_of(case.terms[i], bits, i, size)]
     work = ref.work_dtype(case.target, out, *formats)
     if not used:
         zero = np.zeros(size, np.float64 if work == "F64" else np.float32)
         return ref.finish(t, case.target, zero, out), None
     found = [value_of(case, bits, i, size, work) for i in used]
-    coefs = [
-        -case.terms[i].alpha if case.terms[i].control == "reverse" else case.terms[i].alpha
-        for i in used
-    ]
+    coefs = [coefficient_of(case.terms[i]) for i in used]
     u = ref.combine([v for v, _ in found], coefs, work)
     wide = ref.combine_wide([wide for _, wide in found], coefs)
     result = ref.finish(t, case.target, u, out, wide)
@@ -242,11 +259,12 @@ def assert_same_sums(found: Rounding | None, wanted: ref.Rounding | None) -> Non
         assert ours == theirs or not (math.isfinite(ours) or math.isfinite(theirs)), key
 
 
-def check_apply(case: Case) -> None:
+def check_apply(case: Case, bits: Inputs | None = None) -> None:
     """Runs a case every way, and compares every byte, sum and digest with the reference."""
+    bits = inputs_of(case) if bits is None else bits
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        bits = write_inputs(case, folder)
+        write_inputs(case, bits, folder)
         wanted = {name_of(size): expected(case, bits, size) for size in case.sizes}
         for i, (level, read) in enumerate(ways()):
             out = folder / f"out{i}"
@@ -294,3 +312,302 @@ def check_input_digests(case: Case, folder: Path, out: Path) -> None:
 def test_apply_is_the_reference(case: Case) -> None:
     """Any target, donors, formats, coefficients, controls and stored vectors: the reference's bits."""
     check_apply(case)
+
+
+@pytest.mark.parametrize("encoding", [None, "dense", "sparse"])
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_every_16_bit_pattern(dtype: Dtype, encoding: Literal["dense", "sparse"] | None) -> None:
+    """All 65,536 patterns as target and as donors, against random others, into every format."""
+    rng = np.random.default_rng(5)
+    every = np.arange(2**16, dtype=np.uint16)
+    bits = {"t": {2**16: every}} | {r: {2**16: rng.permutation(every)} for r in ("p0", "n0")}
+    for out in OUT:
+        term = Term(dtype, dtype, 0.7, None, encoding)
+        check_apply(Case(dtype, out, (term,), (2**16,), finite=False), bits)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_every_finite_16_bit_pattern_in_a_strict_run(dtype: Dtype) -> None:
+    """All finite patterns pass without allow_nonfinite, but for those whose own sum overflows."""
+    every = np.arange(2**16, dtype=np.uint16)
+    finite = every[np.isfinite(ref.widen(every, dtype))]
+    p = np.random.default_rng(6).permutation(finite)
+    n = p ^ np.uint16(1)
+    case = Case(dtype, None, (Term(dtype, dtype, 3.0),), (finite.size,))
+    bits = {"t": {finite.size: finite}, "p0": {finite.size: p}, "n0": {finite.size: n}}
+    result, _ = expected(case, bits, finite.size)
+    over = ~np.isfinite(ref.widen(result, dtype))
+    assert over.sum() < 300
+    bits["n0"][finite.size] = np.where(over, p, n)
+    check_apply(case, bits)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_tensors_of_several_blocks(dtype: Dtype) -> None:
+    """Sizes around one block and past two: difference, stored vector and both controls that draw."""
+    terms = (Term(dtype, dtype, 0.8), Term(dtype, dtype, -0.3, None, "sparse"))
+    check_apply(Case(dtype, None, terms, LARGE_SIZES[:3]))
+    for control in ("shuffle", "random"):
+        check_apply(Case(dtype, None, (Term(dtype, dtype, 0.5, control),), LARGE_SIZES[3:], seed=9))
+
+
+# Extraction
+
+
+def expected_vector(case: Case, bits: Inputs, size: int) -> ref.Extracted:
+    """A vector as it should be stored: a plain difference tested, a sum as it is."""
+    terms = case.terms
+    if len(terms) == 1 and terms[0] == Term(terms[0].positive, terms[0].negative):
+        term = terms[0]
+        return ref.extract(bits["p0"][size], term.positive, bits["n0"][size], term.negative)
+    work = ref.work_dtype(*(f for i, t in enumerate(terms) for f in formats_of(t, bits, i, size)))
+    found = [value_of(case, bits, i, size, work) for i in range(len(terms))]
+    coefs = [coefficient_of(term) for term in terms]
+    u = ref.combine([v for v, _ in found], coefs, work)
+    return ref.Extracted(u, ref.combine_wide([wide for _, wide in found], coefs), 0)
+
+
+def same_part(found: Stored, wanted: ref.Part, *, signed: bool) -> bool:
+    """The same bits, but that processors disagree about the NaNs that subtracting makes, and that
+    a sparse vector, to which `signed` is false, does not keep the signs of its zeros."""
+    assert found.dtype == wanted.dtype
+    assert found.shape == wanted.data.shape
+    bits = wanted.data.ravel().view(found.bits.dtype)
+    same = found.bits == bits
+    if wanted.dtype in FLOATS:
+        ours, theirs = (ref.widen(b, wanted.dtype, "F64") for b in (found.bits, bits))
+        same |= np.isnan(ours) & np.isnan(theirs)
+        same |= np.bool_(not signed) & (ours == 0) & (theirs == 0)
+    return bool(same.all())
+
+
+def check_row(
+    case: Case, row: dict[str, object], parts: dict[str, Stored], wanted: ref.Extracted
+) -> None:
+    """One tensor of a vector folder: its parts, their digests, and what its row says."""
+    v, wide, inexact = wanted
+    encoding = row["encoding"]
+    found = {role: parts[part["entry"]] for role, part in row["parts"].items()}
+    for role, part in row["parts"].items():
+        assert part["entry"] == ref.entry(row["name"], encoding, role)
+        assert part["digest"] == digest_of(found[role], case.digest)
+    assert row["bytes"] == sum(len(part.data) for part in found.values())
+    found.pop("padding", None)
+    palette = None
+    if "palette" in found:  # a zero may follow, to make the count even
+        palette = np.trim_zeros(found.pop("palette").bits.view(np.float32), "b")
+        palette = palette if palette.size else np.zeros(1, np.float32)  # only second parts
+    codec = found["values"].dtype if "values" in found else "F32"
+    made = ref.encode(v, row["shape"], encoding, codec, palette, wide)
+    made.pop("palette", None)
+    assert set(found) == set(made)
+    for role, part in made.items():
+        signed = all(term.encoding is None for term in case.terms)
+        assert same_part(found[role], part, signed=signed), (row["name"], role)
+    size = ref.extent(v)
+    assert (row["moved"], row["max_at"]) == (size.moved, size.max_at)
+    assert row["norm"] == (size.norm if math.isfinite(size.norm) else None)
+    assert row["max"] == (size.max if math.isfinite(size.max) else None)
+    assert (row["wide"], row["inexact"], row["elements"]) == (wide.at.size, inexact, v.size)
+
+
+def check_extract(case: Case, encoding: Literal["auto", "dense", "sparse"], bits: Inputs | None = None) -> None:
+    """Saves a sum of vectors every way, and compares all that is stored with the reference."""
+    bits = inputs_of(case) if bits is None else bits
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_inputs(case, bits, folder)
+        for i, (level, read) in enumerate(ways()):
+            out = folder / f"out{i}"
+            with environment(level, read=read):
+                vector = vector_of(case, folder, 0)
+                for k in range(1, len(case.terms)):
+                    vector = vector + vector_of(case, folder, k)
+                vector.save(
+                    out,
+                    encoding=encoding,
+                    digest=case.digest,
+                    sync=False,
+                    threads=2,
+                    allow_nonfinite=not case.finite,
+                )
+            config = json.loads((out / "vector_config.json").read_text())
+            parts = read_checkpoint(out)
+            for row, size in zip(config["tensors"], case.sizes, strict=True):
+                assert row["dtype"] == case.terms[0].positive
+                assert row["encoding"] in ("zero", encoding) or encoding == "auto"
+                check_row(case, row, parts, expected_vector(case, bits, size))
+
+
+@settings(PROPERTY, max_examples=30)
+@given(cases, st.sampled_from(["auto", "dense", "sparse"]))
+@example(Case("BF16", None, (Term(),)), "auto")
+@example(Case("BF16", None, (Term(encoding="sparse"),)), "dense")
+def test_extract_is_the_reference(case: Case, encoding: Literal["auto", "dense", "sparse"]) -> None:
+    """Parts, digests, norms, maxima and second parts of any sum of vectors: the reference's bits."""
+    terms = tuple(replace(t, alpha=t.alpha or 1.0) for t in case.terms)
+    check_extract(replace(case, terms=terms), encoding)
+
+
+@pytest.mark.parametrize("encoding", ["auto", "dense", "sparse"])
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_extract_every_16_bit_pattern(
+    dtype: Dtype, encoding: Literal["auto", "dense", "sparse"]
+) -> None:
+    """All 65,536 patterns as both donors."""
+    rng = np.random.default_rng(8)
+    every = np.arange(2**16, dtype=np.uint16)
+    bits = {role: {2**16: rng.permutation(every)} for role in ("t", "p0", "n0")}
+    check_extract(Case(dtype, None, (Term(dtype, dtype),), (2**16,), finite=False), encoding, bits)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_extract_tensors_of_several_blocks(dtype: Dtype) -> None:
+    """Counts before each block, escapes and second parts cross the ends of blocks."""
+    for encoding in ("auto", "dense", "sparse"):
+        check_extract(Case(dtype, None, (Term(dtype, dtype),), LARGE_SIZES), encoding)
+
+
+# Measures
+
+
+@settings(PROPERTY, max_examples=30)
+@given(cases)
+@example(Case("BF16", None, (Term(), Term(encoding="sparse"), Term("F32")), (1, *LARGE_SIZES)))
+def test_measures_are_the_reference(case: Case) -> None:
+    """Products, norms, maxima, overlaps and agreements of any vectors: the reference's bits."""
+    case = replace(case, terms=tuple(replace(t, alpha=t.alpha or 1.0) for t in case.terms))
+    bits = inputs_of(case)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_inputs(case, bits, folder)
+        for level, read in ways():
+            with environment(level, read=read):
+                rows = measured(case, folder)
+            for row, size in zip(rows, case.sizes, strict=True):
+                check_measured(case, bits, size, row)
+
+
+def measured(case: Case, folder: Path) -> list[Measured]:
+    operands = Operands()
+    vectors = [vector_of(case, folder, i) for i in range(len(case.terms))]
+    first = leaf_layout(vectors[0].terms[0].leaf)
+    quantities = [vector_quantity(vector, first, operands)[0] for vector in vectors]
+    tensors = [
+        Quantities(name_of(size), size, [q[name_of(size)] for q in quantities]) for size in case.sizes
+    ]
+    return measure(tensors, operands, {"threads": 2}, allow_nonfinite=not case.finite)
+
+
+def check_measured(case: Case, bits: Inputs, size: int, row: Measured) -> None:
+    formats = [f for i, t in enumerate(case.terms) for f in formats_of(t, bits, i, size)]
+    work = ref.work_dtype(*formats)
+    vectors = [
+        ref.combine([value_of(case, bits, i, size, work)[0]], [coefficient_of(term)], work)
+        for i, term in enumerate(case.terms)
+    ]
+    for i, a in enumerate(vectors):
+        extent = ref.extent(a)
+        assert (row.moved[i], row.max_at[i]) == (extent.moved, extent.max_at)
+        assert row.max[i] == extent.max or not math.isfinite(extent.max)
+        for j, b in enumerate(vectors):
+            pair = ref.pair(a, b)
+            assert row.gram[i][j] == pair.dot or not math.isfinite(pair.dot)
+            assert (row.both[i][j], row.agree[i][j]) == (pair.overlap, pair.agree)
+
+
+# Rows matched by token
+
+
+def tokenizer(tokens: list[str]) -> str:
+    return json.dumps({"model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": []}})
+
+
+@settings(PROPERTY, max_examples=15)
+@given(
+    st.permutations(range(12)),
+    st.sampled_from(FLOATS),
+    st.sampled_from(FLOATS),
+    st.sampled_from([None, "dense", "sparse"]),
+    st.integers(0, 2**32),
+)
+def test_rows_matched_by_token_are_a_brute_force(
+    order: list[int], t_dtype: Dtype, dtype: Dtype, encoding: str | None, seed: int
+) -> None:
+    """Under match-tokens every row gets the delta of its own token, and no other row changes."""
+    width = 30_000  # a run of rows begins and ends inside blocks
+    ours, theirs = [f"t{i}" for i in range(2, 12)], [f"t{i}" for i in order]
+    case = Case(t_dtype, None, (Term(dtype, dtype, 0.7, None, encoding),), (11 * width, 13 * width), seed=seed)
+    bits = inputs_of(case)
+    t, (p, n) = bits["t"][11 * width], (bits[r][13 * width] for r in ("p0", "n0"))
+    name = "model.embed_tokens.weight"
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for role, data, kind, rows, tokens in (
+            ("t", t, t_dtype, 11, ours), ("p", p, dtype, 13, theirs), ("n", n, dtype, 13, theirs),
+        ):  # fmt: skip
+            write_checkpoint(folder / role, {name: stored(kind, data, (rows, width))})
+            (folder / role / "tokenizer.json").write_text(tokenizer(tokens))
+        vector = rv.open(folder / "p") - rv.open(folder / "n")
+        if encoding is not None:
+            vector.save(folder / "v", encoding=encoding, sync=False)
+            vector = rv.load(folder / "v")
+        found = []
+        for i, (level, read) in enumerate(ways()):
+            with environment(level, read=read):
+                vector = rv.load(folder / "v") if encoding else rv.open(folder / "p") - rv.open(folder / "n")
+                (rv.open(folder / "t") + 0.7 * vector).save(
+                    folder / f"out{i}", vocab="match-tokens", sync=False, threads=2
+                )
+            found.append(read_checkpoint(folder / f"out{i}")[name].bits)
+    work = ref.work_dtype(t_dtype, dtype)
+    v, wide, _ = ref.extract(p, dtype, n, dtype)
+    if encoding is None:
+        v, wide = ref.difference(p, dtype, n, dtype, work), NOT_WIDE
+    rows = {i: theirs.index(token) for i, token in enumerate(ours) if token in theirs}
+    assert len(rows) == 10
+    wanted = t.copy()
+    for row, source in rows.items():
+        here, there = (slice(r * width, (r + 1) * width) for r in (row, source))
+        inside = (wide.at >= there.start) & (wide.at < there.stop)
+        u = ref.combine([v[there]], [0.7], work)
+        part = ref.combine_wide([Wide(wide.at[inside] - there.start, wide.lo[inside])], [0.7])
+        wanted[here] = ref.finish(t[here], t_dtype, u, t_dtype, part)
+    for result in found:
+        np.testing.assert_array_equal(result, wanted)
+
+
+# What is not finite
+
+
+@settings(PROPERTY, max_examples=40)
+@given(
+    st.sampled_from(FLOATS),
+    st.sampled_from(["t", "p0", "n0"]),
+    st.sampled_from([None, "random", "shuffle"]),
+    st.sets(st.integers(0, MICRO + 16), min_size=1, max_size=3),
+    st.sampled_from(["nan", "inf", "-inf"]),
+)
+def test_the_first_number_that_is_not_finite_is_named(
+    dtype: Dtype, role: str, control: Substitute | None, places: set[int], value: str
+) -> None:
+    """Apply, extract and measure refuse a NaN or infinity by its file, tensor and first index."""
+    case = Case(dtype, None, (Term(dtype, dtype, 1.0, control),), (5, MICRO + 17))
+    bits = inputs_of(case)
+    for place in places:
+        bits[role][MICRO + 17][place] = ref.narrow(np.array([float(value)]), dtype)[0]
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_inputs(case, bits, folder)
+        where = f"{folder / role / 'model.safetensors'}: tensor w{MICRO + 17}: element {min(places)} is"
+        where = f"{re.escape(where)} -?{value.strip('-')}"
+        vector, point = vector_of(case, folder, 0), rv.open(folder / "t")
+        with pytest.raises(rv.NonFiniteError, match=f"(?i){where}"):
+            (point + vector).save(folder / "out", sync=False)
+        assert not list((folder / "out").glob("*.safetensors"))
+        if role != "t":
+            with pytest.raises(rv.NonFiniteError, match=f"(?i){where}"):
+                vector.save(folder / "v", sync=False)
+            assert not list((folder / "v").iterdir())
+            with pytest.raises(rv.NonFiniteError, match=f"(?i){where}"):
+                vector.inspect()
