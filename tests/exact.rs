@@ -142,7 +142,7 @@ proptest! {
     ) {
         let (p, n) = pair;
         let (positive, negative) = donors(p, n, len, stride, &list);
-        let mut family = Family::new(&[vec![positive.clone()]], &[vec![negative.clone()]], &[vec![negative]]);
+        let mut family = Family::single(&[positive.clone()], &[negative.clone()], &[negative]);
         let rows = family.extract(choice);
         let rebuilt = rebuild(&family, &rows);
         let wrong = differing(p, &rebuilt["w"], &positive.bytes);
@@ -175,7 +175,7 @@ proptest! {
         let (positive, negative) = donors(p, n, len, stride, &tame);
         let mut dice = Dice::new(7);
         let t = Tensor::floats("w", target, (0..len).map(|_| dice.weight()));
-        let mut family = Family::new(&[vec![positive]], &[vec![negative]], &[vec![t]]);
+        let mut family = Family::single(&[positive], &[negative], &[t]);
         let rows = family.extract(choice);
         let direct = family.apply("direct", 2, |name| vec![difference(coefficient, 0, 1, name)]);
         let through = family.apply("through", 2, |name| vec![stored(coefficient, 3, name)]);
@@ -196,7 +196,7 @@ fn all_patterns(dtype: Dtype) {
         let partner = |i: usize| all[(i + turn) % all.len()];
         let positive = (0..all.len()).map(|i| if subtractable((dtype, partner(i)), (dtype, all[i])) { partner(i) } else { all[i] });
         let positive = Tensor::bits("w", dtype, positive);
-        let mut family = Family::new(&[vec![positive.clone()]], &[vec![negative.clone()]], &[vec![negative]]);
+        let mut family = Family::single(&[positive.clone()], &[negative.clone()], &[negative]);
         let rows = family.extract("auto");
         assert_eq!(rows[0].inexact, 0, "rotated by {turn}");
         assert!(rebuild(&family, &rows)["w"] == positive.bytes, "rotated by {turn}");
@@ -229,8 +229,7 @@ fn corrections_survive_the_borders_of_blocks() {
         positive.set(border, 0x8000);
     }
     for choice in ["dense", "sparse"] {
-        let mut family =
-            Family::new(&[vec![positive.clone()]], &[vec![negative.clone()]], &[vec![negative.clone()]]);
+        let mut family = Family::single(&[positive.clone()], &[negative.clone()], &[negative.clone()]);
         let rows = family.extract(choice);
         assert_eq!((rows[0].wide, rows[0].inexact), (10, 0));
         assert!(rebuild(&family, &rows)["w"] == positive.bytes);
@@ -253,12 +252,12 @@ fn bf16(bits: u64) -> f64 {
 
 /// One in eight moves, by one of six steps.
 fn few(i: u64) -> (f64, f64) {
-    (if i % 8 == 0 { 1.0 + (i % 6 + 1) as f64 / 128.0 } else { 1.0 }, 1.0)
+    (if i.is_multiple_of(8) { 1.0 + (i % 6 + 1) as f64 / 128.0 } else { 1.0 }, 1.0)
 }
 
 /// One in eight moves, to 750 different numbers of eight bits.
 fn many(i: u64) -> (f64, f64) {
-    (if i % 8 == 0 { bf16(0x3C00 + i / 8) } else { 0.0 }, 0.0)
+    (if i.is_multiple_of(8) { bf16(0x3C00 + i / 8) } else { 0.0 }, 0.0)
 }
 
 /// One in a thousand differs by more than eight bits can say.
@@ -281,8 +280,8 @@ fn every_form() -> Vec<Case> {
         case("palette-escapes", Dtype::BF16, Sparse, Some(("U8", true)), |i| now_and_then_long(i, few)),
         case("bf16", Dtype::BF16, Sparse, Some(("BF16", false)), many),
         case("bf16-escapes", Dtype::BF16, Sparse, Some(("BF16", true)), |i| now_and_then_long(i, many)),
-        case("f32", Dtype::F32, Sparse, Some(("F32", false)), |i| (if i % 8 == 0 { noise(i) } else { 0.25 }, 0.25)),
-        case("f64", Dtype::F64, Sparse, Some(("F64", false)), |i| (if i % 8 == 0 { noise(i) } else { 0.25 }, 0.25)),
+        case("f32", Dtype::F32, Sparse, Some(("F32", false)), |i| (if i.is_multiple_of(8) { noise(i) } else { 0.25 }, 0.25)),
+        case("f64", Dtype::F64, Sparse, Some(("F64", false)), |i| (if i.is_multiple_of(8) { noise(i) } else { 0.25 }, 0.25)),
         case("dense-bf16", Dtype::BF16, Dense, Some(("BF16", false)), |i| (bf16(i % 4096 + 1), 0.0)),
         case("dense-f32", Dtype::F32, Dense, Some(("F32", false)), |i| (noise(i), 0.25)),
         case("dense-f64", Dtype::F64, Dense, Some(("F64", false)), |i| (noise(i), 0.25)),
@@ -298,7 +297,7 @@ fn every_form_is_taken_and_every_form_is_exact() {
     };
     let (positive, negative) = (donor(|(p, _)| p), donor(|(_, n)| n));
     for choice in ["auto", "dense", "sparse"] {
-        let mut family = Family::new(&[positive.clone()], &[negative.clone()], &[negative.clone()]);
+        let mut family = Family::single(&positive, &negative, &negative);
         let rows = family.extract(choice);
         let file = std::fs::read(family.path("v").join("vector_model.safetensors")).unwrap();
         let file = safetensors::SafeTensors::deserialize(&file).unwrap();
@@ -344,7 +343,7 @@ fn a_vector_in_many_files_is_the_same_vector() {
         cases.iter().map(|c| Tensor::floats(c.name, c.dtype, (0..6000).map(|i| side((c.pair)(i))))).collect()
     };
     let (positive, negative) = (donor(|(p, _)| p), donor(|(_, n)| n));
-    let mut family = Family::new(&[positive.clone()], &[negative.clone()], &[negative]);
+    let mut family = Family::single(&positive, &negative, &negative);
     let whole = family.extract("auto");
     let mut small = common::extract_plan(&family.path("many"), family.checkpoint(0), "auto", how(2, 64 << 20));
     small.shard_bytes = 4000;
@@ -366,7 +365,7 @@ fn tensors_without_elements_and_without_dimensions_pass() {
             Tensor::floats("odd", Dtype::F16, [x; 3]).shaped(&[1, 3, 1]),
         ]
     };
-    let mut family = Family::new(&[make(0.75)], &[make(0.5)], &[make(2.0)]);
+    let mut family = Family::single(&make(0.75), &make(0.5), &make(2.0));
     let rows = family.extract("auto");
     assert_eq!(rows.iter().map(|r| r.moved).collect::<Vec<_>>(), [0, 1, 3]);
     let rebuilt = rebuild(&family, &rows);

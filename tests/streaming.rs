@@ -377,7 +377,7 @@ fn spoiled(n: u64, dtype: Dtype, edit: impl FnOnce(&mut [Tensor; 3])) -> Family 
     let mut three = [one.clone(), one.clone(), one];
     edit(&mut three);
     let [p, n, t] = three;
-    Family::new(&[vec![p]], &[vec![n]], &[vec![t]])
+    Family::single(&[p], &[n], &[t])
 }
 
 fn fails(family: &Family, threads: usize, coefficient: f64) -> Error {
@@ -453,13 +453,13 @@ fn integers_pass_only_if_they_are_equal() {
         plan.shards[0].tensors[0].equal = serde_json::from_value(json!([at(0, "steps"), at(1, "steps")])).unwrap();
         apply(&plan, &family.operands)
     };
-    let family = Family::new(&[steps(9999)], &[steps(9999)], &[steps(9999)]);
+    let family = Family::single(&steps(9999), &steps(9999), &steps(9999));
     run(&family, "out").unwrap();
     assert!(contents(&family.path("out"))["steps"] == steps(9999)[0].bytes);
     let plan = extract_plan(&family.path("v"), family.checkpoint(0), "auto", how(1, MIB));
     assert!(extract(&plan, &family.operands).unwrap()[0].parts.is_empty());
 
-    let family = Family::new(&[steps(9999)], &[steps(4321)], &[steps(9999)]);
+    let family = Family::single(&steps(9999), &steps(4321), &steps(9999));
     let error = run(&family, "out").unwrap_err();
     let text = error.to_string();
     assert!(matches!(error, Error::Mismatch { .. }), "{text}");
@@ -481,7 +481,7 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
         (Dtype::BF16, 6, Dtype::BF16, 6, "6 elements"),
     ];
     for (p_dtype, p, n_dtype, n, says) in cases {
-        let family = Family::new(&[make(p_dtype, p)], &[make(n_dtype, n)], &[make(Dtype::BF16, 5)]);
+        let family = Family::single(&make(p_dtype, p), &make(n_dtype, n), &make(Dtype::BF16, 5));
         let plan = apply_plan(&family.path("out"), family.checkpoint(2), 2, how(1, MIB), |name| vec![difference(1.0, 0, 1, name)]);
         let error = apply(&plan, &family.operands).unwrap_err();
         assert!(matches!(error, Error::Mismatch { .. }), "{error}");

@@ -125,6 +125,14 @@ pub(crate) fn write_shard(path: &Path, tensors: &[Tensor]) {
     std::fs::write(path, bytes).unwrap();
 }
 
+/// A file with this header and so many zero bytes of data.
+pub(crate) fn file(text: &[u8], data: usize) -> Vec<u8> {
+    let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(text);
+    bytes.resize(bytes.len() + data, 0);
+    bytes
+}
+
 /// A checkpoint of these shards; with an index if there are several.
 pub(crate) fn write_checkpoint(folder: &Path, shards: &[Vec<Tensor>]) {
     std::fs::create_dir_all(folder).unwrap();
@@ -253,6 +261,11 @@ impl Family {
             operands.push(Operand::Checkpoint(checkpoint(&folder.path().join(name))));
         }
         Self { folder, operands }
+    }
+
+    /// A family whose members have one shard each.
+    pub(crate) fn single(p: &[Tensor], n: &[Tensor], t: &[Tensor]) -> Self {
+        Self::new(&[p.to_vec()], &[n.to_vec()], &[t.to_vec()])
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

@@ -18,13 +18,13 @@ THREADS = (1, 2, 8)
 BUDGETS = (16 << 20, 64 << 20, 1 << 30)
 
 Open: TypeAlias = Callable[[Family, Path], Vector]
-SHAPE = {"hidden": 256, "intermediate": 1100, "layers": 2, "vocab": 4099, "with_base": False}
+SHAPE = {"hidden": 256, "intermediate": 1100, "layers": 1, "vocab": 2100, "with_base": False}
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """Embeddings of five blocks and matrices of two, all with a short last one, in four shards."""
-    return make_family(tmp_path_factory.mktemp("large"), **SHAPE, shard_bytes=1_500_000)
+    """Embeddings of three blocks and matrices of two, all with a short last one, in three shards."""
+    return make_family(tmp_path_factory.mktemp("large"), **SHAPE, shard_bytes=1_200_000)
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +54,20 @@ SUMS: dict[str, Open] = {
 
 
 def every_way(
-    patch: pytest.MonkeyPatch, run: Callable[[dict[str, int]], dict[str, bytes]]
+    patch: pytest.MonkeyPatch,
+    run: Callable[[dict[str, int]], dict[str, bytes]],
+    *,
+    crossed: bool = True,
 ) -> None:
-    """Runs something with all settings, and asserts that every byte of every file is the same."""
+    """Runs something with all settings, each with each or (not `crossed`) threads along with budgets,
+    and asserts that every byte is the same."""
+    how = list(itertools.product(THREADS, BUDGETS)) if crossed else list(zip(THREADS, BUDGETS, strict=True))
     first = run({"threads": 1, "memory_budget": BUDGETS[0]})
-    assert len(first) > 2
-    for level, threads, budget in itertools.product(rv.simd_levels(), THREADS, BUDGETS):
+    for level, (threads, budget) in itertools.product(rv.simd_levels(), how):
         patch.setenv("REASONVEC_SIMD", level)
         assert run({"threads": threads, "memory_budget": budget}) == first, (level, threads, budget)
     patch.setenv("REASONVEC_IO", "read")
-    for threads, budget in itertools.product(THREADS, BUDGETS):
+    for threads, budget in zip(THREADS, BUDGETS, strict=True):
         assert run({"threads": threads, "memory_budget": budget}) == first, (threads, budget)
 
 
@@ -92,10 +96,10 @@ def test_extract_gives_one_vector(
         vector.save(tmp_path / "out", sync=False, overwrite=True, **options)
         return contents(tmp_path / "out")
 
-    every_way(monkeypatch, run)
+    every_way(monkeypatch, run, crossed=kind == "difference")
 
 
-@pytest.mark.parametrize("kind", SUMS)
+@pytest.mark.parametrize("kind", ["both", "random", "shuffle"])
 def test_measures_are_the_same_numbers(
     kind: str, large: Family, reason: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,12 +109,12 @@ def test_measures_are_the_same_numbers(
         vector = SUMS[kind](large, reason)
         comparison = vector.compare(loaded(large, reason), **options)
         rows = (1.0 * vector).inspect(**options).tensors
-        return {"compare": repr(comparison).encode(), "inspect": repr(rows).encode(), "": b""}
+        return {"compare": repr(comparison).encode(), "inspect": repr(rows).encode()}
 
-    every_way(monkeypatch, run)
+    every_way(monkeypatch, run, crossed=False)
 
 
-@pytest.mark.parametrize("shard_bytes", [300_000, 4_000_000, 1 << 40])
+@pytest.mark.parametrize("shard_bytes", [300_000, 1 << 40])
 def test_other_shards_hold_the_same_tensors(
     shard_bytes: int, large: Family, reason: Path, tmp_path: Path
 ) -> None:
