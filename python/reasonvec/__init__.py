@@ -43,7 +43,8 @@ __version__: str = version()
 
 if is_debug_build():
     warnings.warn(
-        "reasonvec's core was built without optimisation and is very slow; build it with `make build`",
+        "reasonvec's core was built without optimisation and is very slow; build it with "
+        "`make build`",
         RuntimeWarning,
         stacklevel=2,
     )

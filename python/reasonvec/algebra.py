@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias, Unpack, overload
@@ -80,6 +81,8 @@ class Vector:
     """
 
     __slots__ = ("terms",)
+    # Scalars of numpy leave the operators to this class instead of making arrays of it.
+    __array_ufunc__ = None
 
     terms: tuple[Scaled, ...]
 
@@ -103,14 +106,14 @@ class Vector:
         return self._each(Constant(-1.0))
 
     def __mul__(self, scale: float) -> Vector:
-        if not isinstance(scale, (int, float)):
+        if not isinstance(scale, Real):
             return NotImplemented
         return self._each(Constant(float(scale)))
 
     __rmul__ = __mul__
 
     def __truediv__(self, scale: float) -> Vector:
-        if not isinstance(scale, (int, float)):
+        if not isinstance(scale, Real):
             return NotImplemented
         return self * (1.0 / scale)
 
@@ -118,19 +121,20 @@ class Vector:
         """Another coefficient for tensors whose name a regular expression finds.
 
         Args:
-            rules: regular expression to coefficient, which replaces whatever scaling the vector has so
-                far; the last that fits wins.
+            rules: regular expression to coefficient, which replaces whatever scaling the vector has
+                so far; the last that fits wins.
         """
         return self._each(AlphaFor.of(rules))
 
     def ramp(self, first: float, last: float) -> Vector:
         """Times a straight line over depth, from ``first`` in layer 0 to ``last`` in the last layer
-        (LiNeS, arXiv 2410.17146); embeddings take ``first``, the final norm and the head ``last``."""
+        (LiNeS, arXiv 2410.17146); embeddings take ``first``, the final norm and the head
+        ``last``."""
         return self._each(Ramp(float(first), float(last)))
 
     def where(self, *, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> Vector:
-        """Only the tensors whose names some regular expression of ``include`` finds (all, if there is
-        none) and none of ``exclude`` does. A target keeps its own tensors everywhere else."""
+        """Only the tensors whose names some regular expression of ``include`` finds (all, if there
+        is none) and none of ``exclude`` does. A target keeps its own tensors everywhere else."""
         return self._each(Where(tuple(map(pattern, include)), tuple(map(pattern, exclude))))
 
     def map(self, function: Callable[[str], float]) -> Vector:
@@ -141,23 +145,29 @@ class Vector:
         """A control experiment in place of every vector of the sum.
 
         Args:
-            kind: ``"random"``: normal noise with the vector's norm, tensor by tensor; ``"shuffle"``: the
-                vector's own elements in random places; ``"reverse"``: minus the vector.
+            kind: ``"random"``: normal noise with the vector's norm, tensor by tensor;
+                ``"shuffle"``: the vector's own elements in random places; ``"reverse"``: minus the
+                vector.
             seed: any integer from 0 to 2**64 - 1. The same seed gives the same bytes everywhere.
         """
         if kind == "reverse":
             return -self
         return Vector(replace(term, control=(kind, seed)) for term in self.terms)
 
-    def save(
-        self, path: str | PathLike[str], **options: Unpack[ExtractOptions]
-    ) -> ExtractReport:
+    def save(self, path: str | PathLike[str], **options: Unpack[ExtractOptions]) -> ExtractReport:
         """Write the vector as a folder, in one pass; see `reasonvec.extract`.
 
         Raises:
-            MismatchError: the donors do not fit together; every problem is told, and nothing is written.
+            MismatchError: the donors do not fit together; every problem is told, and nothing is
+                written.
             NonFiniteError: NaN or infinity in a donor.
             OSError: a file cannot be read or written.
+
+        Examples:
+            >>> import reasonvec as rv
+            >>> report = (rv.open(family.rl) - rv.open(family.sft)).save("reason")
+            >>> report.exact
+            True
         """
         from reasonvec.extract import extract
 
@@ -186,6 +196,7 @@ class Point:
     """A checkpoint, perhaps with vectors added. Immutable; nothing is read by making one."""
 
     __slots__ = ("base", "vector")
+    __array_ufunc__ = None
 
     base: CheckpointFolder
     vector: Vector
@@ -229,7 +240,7 @@ class Point:
     __rmul__ = __mul__
 
     def plan(self, path: str | PathLike[str], **options: Unpack[ApplyOptions]) -> ApplyPlan:
-        """What `save` will do, from headers alone: every tensor, every problem, bytes, memory, disk."""
+        """What `save` will do, from headers alone: every tensor, every problem, every cost."""
         from reasonvec.apply import plan
 
         return plan(self, Path(path), options)
@@ -238,10 +249,17 @@ class Point:
         """Write the point as a checkpoint folder, in one pass; see `reasonvec.apply`.
 
         Raises:
-            MismatchError: vectors and target do not fit together; every problem is told, and nothing is
-                written.
+            MismatchError: vectors and target do not fit together; every problem is told, and
+                nothing is written.
             NonFiniteError: NaN or infinity in an input, or a sum that overflows the output's dtype.
             OSError: a file cannot be read or written; the disk is full.
+
+        Examples:
+            >>> import reasonvec as rv
+            >>> reason = rv.open(family.rl) - rv.open(family.sft)
+            >>> report = (rv.open(family.instruct) + 0.8 * reason).save("reasoning")
+            >>> print(report.recipe)
+            instruct + 0.8 * (rl - sft)
         """
         from reasonvec.apply import apply
 
@@ -256,7 +274,7 @@ class Point:
 
 
 class Checkpoint(Point, Mapping[str, "Tensor"]):
-    """A checkpoint on disk: a point, and a mapping from tensor names to tensors that share its bytes.
+    """A checkpoint on disk: a point, and a mapping from names to tensors that share its bytes.
 
     Examples:
         >>> import reasonvec as rv
@@ -285,18 +303,19 @@ class Checkpoint(Point, Mapping[str, "Tensor"]):
 
 def _no_sum(a: Point, b: Point) -> NoReturn:
     message = (
-        f"({a}) + ({b}): two points in weight space have no sum; for the average use rv.mean(a, b), "
-        "for a point between them rv.lerp(a, b, t), to add what b learned write a + (b - base)"
+        f"({a}) + ({b}): two points in weight space have no sum; for the average use "
+        "rv.mean(a, b), for a point between them rv.lerp(a, b, t), to add what b learned write "
+        "a + (b - base)"
     )
     raise TypeError(message)
 
 
 def open(path: str | PathLike[str]) -> Checkpoint:  # noqa: A001 - rv.open reads as it should
-    """Open a checkpoint: a folder of safetensors shards, or one .safetensors file. Reads headers only.
+    """Open a checkpoint: a folder of safetensors shards, or one such file. Reads headers only.
 
     Raises:
-        FormatError: a header, an index or config.json is damaged or hostile, the weights are pickled, or
-            the folder is a vector.
+        FormatError: a header, an index or config.json is damaged or hostile, the weights are
+            pickled, or the folder is a vector.
         OSError: a file is missing or cannot be read.
     """
     folder = Path(path)
@@ -312,25 +331,43 @@ def load(path: str | PathLike[str]) -> Vector:
     Raises:
         FormatError: manifest and data contradict each other, or the folder is no vector.
         OSError: a file is missing or cannot be read.
+
+    Examples:
+        >>> import reasonvec as rv
+        >>> report = (rv.open(family.rl) - rv.open(family.sft)).save("reason")
+        >>> print(rv.open(family.instruct) + 0.8 * rv.load("reason"))
+        instruct + 0.8 * reason
     """
     folder = Path(path)
     if folder.is_dir() and not is_vector(folder):
         message = (
-            f"{folder}: has no vector_config.json, so it is no vector; open a checkpoint with rv.open, "
-            "and take the difference of two checkpoints with rv.open(p) - rv.open(n) (in a command: "
-            "--from P N)"
+            f"{folder}: has no vector_config.json, so it is no vector; open a checkpoint with "
+            "rv.open, and take the difference of two checkpoints with rv.open(p) - rv.open(n) "
+            "(in a command: --from P N)"
         )
         raise FormatError(message)
     return Vector([Scaled(VectorFolder(folder))])
 
 
 def lerp(a: Point, b: Point, t: float) -> Point:
-    """The point a share ``t`` of the way from ``a`` to ``b``: ``a + t * (b - a)``."""
+    """The point a share ``t`` of the way from ``a`` to ``b``: ``a + t * (b - a)``.
+
+    Examples:
+        >>> import reasonvec as rv
+        >>> print(rv.lerp(rv.open(family.sft), rv.open(family.rl), 0.25))
+        sft + 0.25 * (rl - sft)
+    """
     return a + t * (b - a)
 
 
 def mean(first: Point, *others: Point) -> Point:
-    """The average of points, as ``first`` plus the average of the differences from it."""
+    """The average of points, as ``first`` plus the average of the differences from it.
+
+    Examples:
+        >>> import reasonvec as rv
+        >>> print(rv.mean(rv.open(family.sft), rv.open(family.rl)))
+        sft + 0.5 * (rl - sft)
+    """
     share = 1.0 / (1 + len(others))
     point = first
     for other in others:

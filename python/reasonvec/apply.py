@@ -1,14 +1,15 @@
-"""Writing a point: one vector or several into a target, as a checkpoint with a record of how it came
-to be. One pass; the target's own files, shard names and tensor order are kept."""
+"""Writing a point: one vector or several into a target, as a checkpoint with a record of how it
+came to be. One pass; the target's own files, shard names and tensor order are kept."""
 
 from __future__ import annotations
 
+import errno
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypedDict
 
 from reasonvec import _reasonvec as core
 from reasonvec.algebra import Difference, Point, Scaled, Vector
@@ -18,17 +19,27 @@ from reasonvec.compat.problem import Problem, demand
 from reasonvec.compat.rows import VocabPolicy
 from reasonvec.destination import MANIFEST, UNDO, Destination, relative, write_json
 from reasonvec.errors import ReasonvecError
-from reasonvec.extract import ExtractOptions, write_vector
-from reasonvec.folders import CheckpointFolder, VectorFolder, read_json
+from reasonvec.folders import CheckpointFolder, VectorFolder
+from reasonvec.json_values import Json, read_json
 from reasonvec.memory import anonymous_bytes
 from reasonvec.names import kind_of
 from reasonvec.rounding import Rounding
 from reasonvec.run import DigestName, RunOptions, settings
-from reasonvec.terms import Json, Operands, elements, place_term
+from reasonvec.terms import Operands, elements, place_term
 
-__all__ = ["ApplyOptions", "ApplyPlan", "ApplyReport", "OutDtype", "TensorChange", "apply", "plan"]
+__all__ = [
+    "ApplyOptions",
+    "ApplyPlan",
+    "ApplyReport",
+    "OutDtype",
+    "TensorChange",
+    "WrittenTensor",
+    "apply",
+    "plan",
+]
 
 OutDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
+Action: TypeAlias = Literal["update", "copy", "convert", "check"]
 _DTYPES: dict[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -42,7 +53,7 @@ class ApplyOptions(RunOptions, total=False):
     """``"error"`` (default) or ``"skip"``: tensors that only the vector or only the target has."""
     map_prefix: Sequence[tuple[str, str]]
     """Pairs (A, B): target names that begin with A read the vector's under B."""
-    out_dtype: OutDtype
+    out_dtype: OutDtype | None
     """The dtype of the output where the target has its main one; the target's by default."""
     digest: DigestName
     """``"xxh3-128"`` (default) or ``"blake3"``; ``"none"`` makes the output unverifiable."""
@@ -56,7 +67,7 @@ class ApplyOptions(RunOptions, total=False):
     """Let NaN and infinity pass."""
     keep_undo: bool
     """Store the exact way back beside the output, for `undo` without the target."""
-    chat_template_from: Path
+    chat_template_from: Path | None
     """A folder whose chat template the output takes instead of the target's."""
 
 
@@ -64,18 +75,37 @@ class ApplyOptions(RunOptions, total=False):
 class TensorChange:
     """What happens, or happened, to one tensor of the target.
 
-    ``action`` is "update", "copy", "convert" (another dtype, no update) or "check" (an integer that must
-    be equal in all inputs, then copied); ``why`` says why a tensor is not updated."""
+    ``action`` is "update", "copy", "convert" (another dtype, no update) or "check" (an integer that
+    must be equal in all inputs, then copied); ``why`` says why a tensor is not updated."""
 
     name: str
     file: str
     dtype: str
     shape: tuple[int, ...]
-    action: Literal["update", "copy", "convert", "check"]
+    action: Action
     coefficients: tuple[float, ...]
     why: str | None = None
     digest: str | None = None
     rounding: Rounding | None = None
+
+
+class WrittenTensor(TypedDict):
+    """One tensor of an output, as the core reports it."""
+
+    name: str
+    file: str
+    digest: str | None
+    inputs: list[tuple[int, str, str | None]]
+    """Of every tensor that was read: its operand, its name there, its digest."""
+    rounding: dict[str, float | None] | None
+
+
+class _Prediction(TypedDict):
+    """What the core says of a plan, in bytes."""
+
+    read: int
+    written: int
+    memory: int
 
 
 @dataclass(frozen=True)
@@ -137,10 +167,18 @@ class ApplyPlan:
             ReasonvecError: the folder may not be written.
             OSError, NonFiniteError, DamageError: see `Point.save`.
         """
-        demand(problem for problem in self.problems if problem.kind != "destination")
+        elsewhere = ("destination", "disk")
+        demand(problem for problem in self.problems if problem.kind not in elsewhere)
+        self._destination.check()
+        for problem in self.problems:
+            if problem.kind == "disk":
+                strerror = problem.message.removeprefix(f"{self.out}: ")
+                raise OSError(errno.ENOSPC, strerror, str(self.out))
         self._destination.prepare()
-        rows = json.loads(
-            core.apply(json.dumps(self._core), self._operands.handles, self._options.get("progress"))
+        rows: list[WrittenTensor] = json.loads(
+            core.apply(
+                json.dumps(self._core), self._operands.handles, self._options.get("progress")
+            )
         )
         return _finish(self, rows)
 
@@ -218,13 +256,19 @@ def plan(point: Point, out: Path, options: ApplyOptions) -> ApplyPlan:
         equal = [ref for term in placed for ref in term.equal.get(name, [])]
         why = next((t.untouched[name] for t in placed if name in t.untouched), None)
         changed = out_dtypes[name] != info.dtype
-        action: Literal["update", "copy", "convert", "check"] = (
+        action: Action = (
             "update" if terms else "convert" if changed else "check" if equal else "copy"
         )
         coefficients = tuple(float(str(term["coefficient"])) for term in terms)
         changes.append(
             TensorChange(
-                name, info.file, out_dtypes[name], info.shape, action, coefficients, None if terms else why
+                name,
+                info.file,
+                out_dtypes[name],
+                info.shape,
+                action,
+                coefficients,
+                None if terms else why,
             )
         )
         shards[info.file].append(
@@ -243,7 +287,7 @@ def plan(point: Point, out: Path, options: ApplyOptions) -> ApplyPlan:
         "allow_nonfinite": options.get("allow_nonfinite", False),
         "shards": [_shard(target, file, tensors) for file, tensors in shards.items()],
     } | settings(options, sync=options.get("sync", True), resume=options.get("resume", False))
-    prediction: Json = {"read": 0, "written": 0, "memory": 0}
+    prediction: _Prediction = {"read": 0, "written": 0, "memory": 0}
     if not any(problem.severity == "error" for problem in problems):
         prediction = json.loads(core.predict(json.dumps(core_plan), operands.handles))
     destination = Destination(
@@ -254,11 +298,11 @@ def plan(point: Point, out: Path, options: ApplyOptions) -> ApplyPlan:
     )
     if destination.problem is not None:
         problems.append(Problem("destination", destination.problem))
-    written, free = int(str(prediction["written"])), destination.room()
+    written, free = prediction["written"], destination.room()
     if written > free and not destination.unfinished:
         message = (
-            f"{out}: needs {written} bytes, and its disk has {free} free; free some, or name a folder on "
-            "another disk"
+            f"{out}: needs {written} bytes, and its disk has {free} free; free some, or name a "
+            "folder on another disk"
         )
         problems.append(Problem("disk", message))
     return ApplyPlan(
@@ -266,9 +310,9 @@ def plan(point: Point, out: Path, options: ApplyOptions) -> ApplyPlan:
         out,
         problems,
         changes,
-        int(str(prediction["read"])),
+        prediction["read"],
         written,
-        anonymous_bytes() + int(str(prediction["memory"])) + _HEADROOM,
+        anonymous_bytes() + prediction["memory"] + _HEADROOM,
         free,
         core_plan,
         operands,
@@ -277,7 +321,8 @@ def plan(point: Point, out: Path, options: ApplyOptions) -> ApplyPlan:
     )
 
 
-# Thread stacks, the plan in the core's own form, block hashes of the tensors under way, and the report.
+# Thread stacks, the plan in the core's own form, block hashes of the tensors under way, and the
+# report.
 _HEADROOM = 24 << 20
 
 
@@ -285,9 +330,7 @@ def _shard(target: CheckpointFolder, file: str, tensors: list[Json]) -> Json:
     kept = all(
         target.layout.tensors[str(tensor["name"])].dtype == tensor["dtype"] for tensor in tensors
     )
-    header: Json = (
-        {"header_of": [0, file]} if kept else {"metadata": target.handle.metadata(file)}
-    )
+    header: Json = {"header_of": [0, file]} if kept else {"metadata": target.handle.metadata(file)}
     return {"file": file, "tensors": tensors} | header
 
 
@@ -310,7 +353,8 @@ def _out_dtypes(target: CheckpointFolder, asked: OutDtype | None) -> dict[str, s
 
 
 def _copy_problems(point: Point) -> list[Problem]:
-    """A tied model may list its head beside the embeddings it is tied to; then they must be equal."""
+    """A tied model may list its head beside the embeddings it is tied to; then they must be
+    equal."""
     folders: dict[int, CheckpointFolder] = {id(point.base): point.base}
     for scaled in point.vector.terms:
         if isinstance(scaled.leaf, Difference):
@@ -319,18 +363,20 @@ def _copy_problems(point: Point) -> list[Problem]:
     problems = []
     for folder in folders.values():
         for copy, original in folder.layout.copies().items():
-            pair = core.digest_tensors(folder.handle, [copy, original], "xxh3-128", json.dumps(settings({})))
+            pair = core.digest_tensors(
+                folder.handle, [copy, original], "xxh3-128", json.dumps(settings({}))
+            )
             if pair[0] != pair[1]:
                 message = (
-                    f"{folder.path}: config.json ties {copy} to {original}, but the two differ in the "
-                    "files: untied against tied is never guessed; correct tie_word_embeddings or remove "
-                    "the tensor that is wrong"
+                    f"{folder.path}: config.json ties {copy} to {original}, but the two differ in "
+                    "the files: untied against tied is never guessed; correct tie_word_embeddings "
+                    "or remove the tensor that is wrong"
                 )
                 problems.append(Problem("tied", message, copy))
     return problems
 
 
-def _finish(plan: ApplyPlan, rows: list[Json]) -> ApplyReport:
+def _finish(plan: ApplyPlan, rows: list[WrittenTensor]) -> ApplyReport:
     """Everything besides the shards: side files, manifest, index last; then the journal goes."""
     out, options, target = plan.out, plan._options, plan.point.base
     sync = options.get("sync", True)
@@ -369,14 +415,13 @@ def _finish(plan: ApplyPlan, rows: list[Json]) -> ApplyReport:
     return report
 
 
-def _in_order(plan: ApplyPlan, rows: list[Json]) -> list[TensorChange]:
+def _in_order(plan: ApplyPlan, rows: list[WrittenTensor]) -> list[TensorChange]:
     by_name = {change.name: change for change in plan.tensors}
-    return [by_name[str(row["name"])] for row in rows]
+    return [by_name[row["name"]] for row in rows]
 
 
-def _done(change: TensorChange, row: Json) -> TensorChange:
+def _done(change: TensorChange, row: WrittenTensor) -> TensorChange:
     rounding = row["rounding"]
-    digest = row["digest"]
     return TensorChange(
         change.name,
         change.file,
@@ -385,8 +430,8 @@ def _done(change: TensorChange, row: Json) -> TensorChange:
         change.action,
         change.coefficients,
         change.why,
-        digest if isinstance(digest, str) else None,
-        Rounding.of(rounding) if isinstance(rounding, dict) and change.action == "update" else None,
+        row["digest"],
+        Rounding.of(rounding) if rounding is not None and change.action == "update" else None,
     )
 
 
@@ -405,7 +450,10 @@ def _side_file(path: Path, plan: ApplyPlan) -> bytes | None:
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     if path.name == plan.point.base.handle.index:
         index = read_json(path)
-        size = sum(elements(t.shape) * (4 if t.dtype == "F32" else 8 if t.dtype.endswith("64") else 2) for t in plan.tensors)
+        size = sum(
+            elements(t.shape) * (4 if t.dtype == "F32" else 8 if t.dtype.endswith("64") else 2)
+            for t in plan.tensors
+        )
         metadata = index.get("metadata")
         if isinstance(metadata, dict) and "total_size" in metadata:
             metadata["total_size"] = size
@@ -414,14 +462,18 @@ def _side_file(path: Path, plan: ApplyPlan) -> bytes | None:
 
 
 def _take_chat_template(folder: Path, out: Path, *, sync: bool) -> list[str]:
-    """The chat template of another folder, as transformers keeps it: a file of its own, or a field."""
+    """The chat template of another folder, as transformers keeps it: a file of its own, or a
+    field."""
     if (folder / "chat_template.jinja").is_file():
         core.copy_whole(folder / "chat_template.jinja", out / "chat_template.jinja", sync)
         return ["chat_template.jinja"]
     theirs = folder / "tokenizer_config.json"
     template = read_json(theirs).get("chat_template") if theirs.is_file() else None
     if template is None:
-        message = f"{folder}: has no chat template (neither chat_template.jinja nor in tokenizer_config.json)"
+        message = (
+            f"{folder}: has no chat template (neither chat_template.jinja nor in "
+            "tokenizer_config.json)"
+        )
         raise ReasonvecError(message)
     ours = out / "tokenizer_config.json"
     config = read_json(ours) if ours.is_file() else {}
@@ -432,18 +484,19 @@ def _take_chat_template(folder: Path, out: Path, *, sync: bool) -> list[str]:
 
 
 def _manifest(
-    plan: ApplyPlan, report: ApplyReport, rows: list[Json], files: dict[str, str | None]
+    plan: ApplyPlan, report: ApplyReport, rows: list[WrittenTensor], files: dict[str, str | None]
 ) -> Json:
     out, options = plan.out, plan._options
-    inputs: list[Json] = [
-        {"path": relative(folder.path, out), "kind": _kind(folder), "tensors": {}}
-        for folder in plan._operands.folders
-    ]
+    folders = plan._operands.folders
+    digests: list[dict[str, str]] = [{} for _ in folders]
     for row in rows:
-        for operand, name, digest in row["inputs"]:  # type: ignore[attr-defined]
+        for operand, name, digest in row["inputs"]:
             if digest is not None:
-                tensors = inputs[operand]["tensors"]
-                tensors[name] = digest  # type: ignore[index]
+                digests[operand][name] = digest
+    inputs: list[Json] = [
+        {"path": relative(folder.path, out), "kind": _kind(folder), "tensors": tensors}
+        for folder, tensors in zip(folders, digests, strict=True)
+    ]
     return {
         "format": 1,
         "reasonvec": core.version(),
@@ -488,6 +541,8 @@ def _term(scaled: Scaled, operands: Operands) -> Json:
 def _store_undo(plan: ApplyPlan) -> None:
     """The exact vector from the output back to the target, and the target's own headers and config
     where the output's differ."""
+    from reasonvec.extract import ExtractOptions, write_vector
+
     out, target = plan.out, plan.point.base
     way_back = Vector([Scaled(Difference(target, CheckpointFolder(out)))])
     folder = out / UNDO

@@ -1,7 +1,7 @@
 """The compatibility report: do these checkpoints fit together, and how close are they?
 
-Headers, configs and tokenizers first, every problem at once. Then distances: a vector is expected to
-carry over only between points that are near each other in weight space (arXiv 2509.01363), and
+Headers, configs and tokenizers first, every problem at once. Then distances: a vector is expected
+to carry over only between points that are near each other in weight space (arXiv 2509.01363), and
 models that share their initialisation still have their neurons in the same places.
 """
 
@@ -23,17 +23,18 @@ from reasonvec.compat.layout import FLOATS
 from reasonvec.compat.problem import Problem
 from reasonvec.compat.rows import VocabPolicy
 from reasonvec.folders import CheckpointFolder
+from reasonvec.json_values import Json
 from reasonvec.measure import Measured, Quantities, measure
 from reasonvec.names import kind_of, layer_of
 from reasonvec.run import RunOptions
-from reasonvec.terms import Json, Operands, elements, negative_names, place_term
+from reasonvec.terms import Operands, elements, negative_names, place_term
 
 __all__ = ["CheckOptions", "CheckReport", "Distances", "Verdict", "check"]
 
 Verdict: TypeAlias = Literal["compatible", "doubtful", "incompatible"]
 
-# Fine-tunes of one model lie within a few per cent of each other; unrelated models of equal norm lie
-# sqrt(2) apart.
+# Fine-tunes of one model lie within a few per cent of each other; unrelated models of equal norm
+# lie sqrt(2) apart.
 _FAR = 0.5
 _UNRELATED = 1.0
 _SAME_NEURONS = 0.95
@@ -156,7 +157,11 @@ def check(
 
 
 def _problems(
-    p: CheckpointFolder, n: CheckpointFolder, t: CheckpointFolder | None, operands: Operands, options: CheckOptions
+    p: CheckpointFolder,
+    n: CheckpointFolder,
+    t: CheckpointFolder | None,
+    operands: Operands,
+    options: CheckOptions,
 ) -> list[Problem]:
     notes = [
         Problem("index", note, None, "warning")
@@ -218,24 +223,29 @@ def _judge(
     for who, share in shares:
         if share is None or share < _FAR:
             continue
-        text = f"{who} are {share:.2f} of a norm apart; fine-tunes of one model are a few hundredths apart"
+        text = (
+            f"{who} are {share:.2f} of a norm apart; fine-tunes of one model are a few "
+            "hundredths apart"
+        )
         if share >= _UNRELATED:
             errors.append(f"{text}, and unrelated models 1.41")
         else:
             far.append(text)
     if same is not None and same < _SAME_NEURONS:
         far.append(
-            f"only {same:.0%} of the sampled MLP neurons are still in the same place: the models do not "
-            "seem to share their initialisation"
+            f"only {same:.0%} of the sampled MLP neurons are still in the same place: the "
+            "models do not seem to share their initialisation"
         )
     if errors:
         return "incompatible", errors
-    doubts = [p.message for p in problems if p.severity == "warning" and p.kind in {"config", "vocab"}]
+    doubts = [
+        p.message for p in problems if p.severity == "warning" and p.kind in {"config", "vocab"}
+    ]
     return ("doubtful", far + doubts) if far else ("compatible", doubts)
 
 
 def _same_neurons(n: CheckpointFolder, other: CheckpointFolder) -> float | None:
-    """The share of sampled rows of gate (or up) projections whose nearest row by cosine is themselves."""
+    """The share of sampled rows of gate (or up) projections whose nearest row by cosine is itself."""
     pairs = [
         (name, info.shape)
         for name, info in n.layout.tensors.items()
@@ -271,8 +281,12 @@ def _same_neurons(n: CheckpointFolder, other: CheckpointFolder) -> float | None:
     return hits / total
 
 
-def _rows(folder: CheckpointFolder, name: str, columns: int, start: int, stop: int) -> NDArray[np.float32]:
+def _rows(
+    folder: CheckpointFolder, name: str, columns: int, start: int, stop: int
+) -> NDArray[np.float32]:
     term = [{"coefficient": 1.0, "source": {"tensor": {"operand": 0, "name": name}}}]
     n = elements(folder.layout.tensors[name].shape)
-    values = core.values(json.dumps(term), name, n, start * columns, stop * columns, [folder.handle])
+    values = core.values(
+        json.dumps(term), name, n, start * columns, stop * columns, [folder.handle]
+    )
     return np.asarray(memoryview(values)).reshape(stop - start, columns)

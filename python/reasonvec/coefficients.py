@@ -1,7 +1,8 @@
-"""What a vector is multiplied by, tensor by tensor: alpha, regular expressions, ramps over layers."""
+"""What multiplies a vector, tensor by tensor: alpha, regular expressions, ramps over layers."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ class Factor(Protocol):
     """One step on the way from 1 to a tensor's coefficient."""
 
     def __call__(self, alpha: float, name: str, layers: int) -> float:
-        """The coefficient after this step, from the one before it; ``layers`` is the model's depth."""
+        """The coefficient after this step, from the one before it, in a model that deep."""
 
     @property
     def text(self) -> str:
@@ -53,7 +54,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class AlphaFor:
-    """A number of its own for tensors whose name a regular expression finds; the last that fits wins."""
+    """A number of its own for tensors whose name a regular expression finds; the last wins."""
 
     rules: tuple[tuple[re.Pattern[str], float], ...]
 
@@ -74,8 +75,9 @@ class AlphaFor:
 
 @dataclass(frozen=True, slots=True)
 class Ramp:
-    """Times a straight line over depth (LiNeS, arXiv 2410.17146): ``first`` in layer 0, ``last`` in the
-    last layer. What stands before the layers takes ``first``, what stands after them ``last``."""
+    """Times a straight line over depth (LiNeS, arXiv 2410.17146): ``first`` in layer 0, ``last`` in
+    the last layer. What stands before the layers takes ``first``, what stands after them
+    ``last``."""
 
     first: float
     last: float
@@ -130,8 +132,19 @@ class Function:
 
 
 def coefficient(factors: tuple[Factor, ...], name: str, layers: int) -> float:
-    """The coefficient of a tensor."""
+    """The coefficient of a tensor.
+
+    Raises:
+        ReasonvecError: it is NaN or infinite.
+    """
     alpha = 1.0
     for factor in factors:
         alpha = factor(alpha, name, layers)
+    if not math.isfinite(alpha):
+        steps = " ".join(factor.text for factor in factors)
+        message = (
+            f"the coefficient of {name} is {alpha}, expected a finite number; it was made by: "
+            f"{steps}"
+        )
+        raise ReasonvecError(message)
     return alpha

@@ -1,4 +1,4 @@
-"""Two vectors side by side: cosine, sign agreement, overlap of moved elements, by layer and module."""
+"""Two vectors side by side: cosine, sign agreement, overlap of what moved, by layer and module."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Unpack
 from reasonvec.algebra import Vector
 from reasonvec.compat.problem import Problem, demand
 from reasonvec.errors import MismatchError
+from reasonvec.json_values import Json
 from reasonvec.measure import Measured, Quantities, measure
 from reasonvec.names import kind_of, layer_of
 from reasonvec.run import RunOptions
-from reasonvec.terms import Json, Operands, elements, leaf_layout, vector_quantity
+from reasonvec.terms import Operands, elements, leaf_layout, vector_quantity
 
 __all__ = ["Comparison", "Pair", "compare"]
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two vectors over some tensors. ``overlap`` is the share of the elements that either moved which
-    both moved; ``sign_agreement`` the share of those that both moved the same way. None where nothing
-    moved."""
+    """Two vectors over some tensors. ``overlap`` is the share of the elements that either moved
+    which both moved; ``sign_agreement`` the share of those that both moved the same way. None where
+    nothing moved."""
 
     cosine: float | None
     sign_agreement: float | None
@@ -70,8 +71,12 @@ class Comparison:
         return Pair.of(Measured.total("total", self.rows))
 
     def by_kind(self) -> dict[str, Pair]:
-        return _grouped({kind: [r for r in self.rows if kind_of(r.name) == kind] for kind in
-                         dict.fromkeys(kind_of(r.name) for r in self.rows)})
+        return _grouped(
+            {
+                kind: [r for r in self.rows if kind_of(r.name) == kind]
+                for kind in dict.fromkeys(kind_of(r.name) for r in self.rows)
+            }
+        )
 
     def by_layer(self) -> dict[str, Pair]:
         layers = sorted({layer for r in self.rows if (layer := layer_of(r.name)) is not None})
@@ -114,6 +119,8 @@ def compare(first: Vector, second: Vector, **options: Unpack[RunOptions]) -> Com
         problems.append(Problem("missing", message, name))
     demand(problems)
     rows = measure(
-        [Quantities(n, elements(layout.tensors[n].shape), [a[n], b[n]]) for n in a], operands, options
+        [Quantities(n, elements(layout.tensors[n].shape), [a[n], b[n]]) for n in a],
+        operands,
+        options,
     )
     return Comparison(str(first), str(second), rows)

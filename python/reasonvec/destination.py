@@ -9,18 +9,24 @@ from pathlib import Path
 
 from reasonvec import _reasonvec as core
 from reasonvec.errors import ReasonvecError
-from reasonvec.folders import CheckpointFolder, VectorFolder, read_json
+from reasonvec.folders import CheckpointFolder, VectorFolder
+from reasonvec.json_values import read_json
 
 __all__ = ["MANIFEST", "UNDO", "Destination", "relative", "write_json"]
 
 MANIFEST = "reasonvec.json"
 UNDO = "reasonvec_undo"
-_VECTOR_FILES = ("vector_config.json", "vector_model", "README.md", "tokenizer.json")
+_SIGNS = (MANIFEST, "vector_config.json")
+_VECTOR_FILES = ("vector_config.json", "README.md", "tokenizer.json")
+
+
+def _is_data(name: str) -> bool:
+    return name.startswith("vector_model") and ".safetensors" in name
 
 
 def relative(path: Path, start: Path) -> str:
-    """A path as a manifest keeps it: from the folder that the manifest is in, so that folders which move
-    together still find each other and nobody's home directory is published."""
+    """A path as a manifest keeps it: from the folder that the manifest is in, so that folders which
+    move together still find each other and nobody's home directory is published."""
     try:
         return Path(os.path.relpath(path.resolve(), start.resolve())).as_posix()
     except ValueError:  # another drive
@@ -50,7 +56,12 @@ class Destination:
         self.path = path
         self.problem = self._problem(inputs, overwrite=overwrite, resume=resume)
         self.stale: list[Path] = []
-        if self.problem is None and overwrite and path.is_dir() and not (resume and self.unfinished):
+        if (
+            self.problem is None
+            and overwrite
+            and path.is_dir()
+            and not (resume and self.unfinished)
+        ):
             self.stale = self._ours()
 
     @property
@@ -65,9 +76,14 @@ class Destination:
         for folder in inputs:
             where = folder.folder if isinstance(folder, CheckpointFolder) else folder.path
             if path.exists() and path.resolve() == where.resolve():
-                return f"{path}: is an input of this run, and inputs are never written; name another folder"
+                return (
+                    f"{path}: is an input of this run, and inputs are never written; name another "
+                    "folder"
+                )
             if where.resolve() in path.resolve().parents:
                 return f"{path}: lies inside the input {where}; name a folder outside of it"
+            if path.resolve() in where.resolve().parents:
+                return f"{path}: the input {where} lies inside of it; name another folder"
         if not path.exists():
             return None
         if not path.is_dir():
@@ -77,21 +93,31 @@ class Destination:
         if self.unfinished:
             if resume or overwrite:
                 return None
-            return f"{path}: holds an unfinished run; continue it with --resume, or start over with --overwrite"
-        ours = (path / MANIFEST).is_file() or (path / "vector_config.json").is_file() or self._partial()
-        if not ours:
-            return f"{path}: is not empty, and reasonvec did not write what is in it; name another folder"
+            return (
+                f"{path}: holds an unfinished run; continue it with --resume, or start over with "
+                "--overwrite"
+            )
+        if not (any((path / sign).is_file() for sign in _SIGNS) or self._begun()):
+            return (
+                f"{path}: is not empty, and reasonvec did not write what is in it; name another "
+                "folder"
+            )
         if overwrite:
             return None
-        return f"{path}: is not empty; name another folder, or replace what is there with --overwrite"
+        return (
+            f"{path}: is not empty; name another folder, or replace what is there with --overwrite"
+        )
 
-    def _partial(self) -> bool:
-        return all(path.name.endswith(".partial") for path in self.path.iterdir())
+    def _begun(self) -> bool:
+        """Whether all that is here is a vector that was killed before it had its manifest."""
+        names = [path.name for path in self.path.iterdir() if path.name != "tokenizer.json"]
+        return bool(names) and all(name.endswith(".partial") or _is_data(name) for name in names)
 
     def _ours(self) -> list[Path]:
         """The files of an earlier run, by its own account; nothing else is touched."""
         path = self.path
         found = [*path.glob("*.partial"), path / core.journal_name()]
+        found += [path / name for name in self._journalled() if Path(name).name == name]
         if (path / MANIFEST).is_file():
             output = read_json(path / MANIFEST).get("output")
             names = {MANIFEST}
@@ -100,24 +126,43 @@ class Destination:
                 names |= {str(row["file"]) for row in output.get("tensors", {}).values()}
             found += [path / name for name in sorted(names) if Path(name).name == name]
         if (path / "vector_config.json").is_file():
-            found += [p for p in path.iterdir() if p.name.startswith(_VECTOR_FILES)]
+            found += [p for p in path.iterdir() if p.name in _VECTOR_FILES or _is_data(p.name)]
+        elif self._begun():
+            found += path.iterdir()
         if (path / UNDO).is_dir():
             found += [p for p in (path / UNDO).iterdir() if p.is_file()]
         return [p for p in dict.fromkeys(found) if p.is_file()]
 
+    def _journalled(self) -> list[str]:
+        """The files that an unfinished run has begun, and perhaps given their final names."""
+        names: dict[str, None] = {}
+        if self.unfinished:
+            for line in (self.path / core.journal_name()).read_bytes().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # what the kill cut off
+                    continue
+                if isinstance(row, dict) and "file" in row:
+                    names[str(row["file"])] = None
+        return list(names)
+
     def room(self) -> int:
-        """Bytes free on the disk that the folder is, or will be, on."""
+        """Bytes free on the disk that the folder is, or will be, on, with what is to be replaced
+        gone."""
         where = self.path.absolute()
         while not where.exists():
             where = where.parent
-        return shutil.disk_usage(where).free
+        return shutil.disk_usage(where).free + sum(path.stat().st_size for path in self.stale)
 
-    def prepare(self) -> None:
-        """Make the folder, and remove what is to be replaced: the manifest first, so that a folder that
-        is half removed does not look whole."""
+    def check(self) -> None:
+        """Raise `ReasonvecError` if the folder may not be written."""
         if self.problem is not None:
             raise ReasonvecError(self.problem)
+
+    def prepare(self) -> None:
+        """Make the folder, and remove what is to be replaced: the manifest first, so that a folder
+        that is half removed does not look whole."""
+        self.check()
         self.path.mkdir(parents=True, exist_ok=True)
-        order = (MANIFEST, "vector_config.json")
-        for path in sorted(self.stale, key=lambda p: (p.name not in order, p.name)):
+        for path in sorted(self.stale, key=lambda p: (p.name not in _SIGNS, p.name)):
             path.unlink()

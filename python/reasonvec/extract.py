@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,14 +12,14 @@ from typing import Literal, TypeAlias
 
 from reasonvec import _reasonvec as core
 from reasonvec.algebra import Difference, Vector
-from reasonvec.card import vector_card
 from reasonvec.compat.problem import Problem, demand
 from reasonvec.destination import Destination, relative
 from reasonvec.errors import MismatchError
-from reasonvec.folders import CheckpointFolder, VectorFolder, read_json
+from reasonvec.folders import CheckpointFolder, VectorFolder
+from reasonvec.json_values import Json, read_json
 from reasonvec.names import kind_of
 from reasonvec.run import DigestName, RunOptions, settings
-from reasonvec.terms import Json, Operands, leaf_layout, sum_terms
+from reasonvec.terms import Operands, leaf_layout, sum_terms
 
 __all__ = ["Encoding", "ExtractOptions", "ExtractReport", "Row", "extract", "write_vector"]
 
@@ -92,8 +93,8 @@ class ExtractReport:
 
     @property
     def exact(self) -> bool | None:
-        """Whether ``negative + vector == positive`` held bit for bit for every element; None for a sum of
-        several vectors, which has no positive to be compared with."""
+        """Whether ``negative + vector == positive`` held bit for bit for every element; None for a
+        sum of several vectors, which has no positive to be compared with."""
         return all(row.inexact == 0 for row in self.rows) if self.tested else None
 
     @property
@@ -110,7 +111,7 @@ class ExtractReport:
 
     @property
     def norm(self) -> float:
-        return sum(row.norm**2 for row in self.rows) ** 0.5
+        return math.sqrt(sum(row.norm**2 for row in self.rows))
 
     def by_kind(self) -> dict[str, list[Row]]:
         kinds: dict[str, list[Row]] = {}
@@ -120,13 +121,14 @@ class ExtractReport:
 
     def as_json(self) -> Json:
         def group(rows: list[Row]) -> Json:
-            n, moved, size = (sum(getattr(r, k) for r in rows) for k in ("elements", "moved", "bytes"))
+            n, moved = sum(r.elements for r in rows), sum(r.moved for r in rows)
+            size = sum(r.bytes for r in rows)
             return {
                 "tensors": len(rows),
                 "elements": n,
                 "moved": moved,
                 "moved_share": moved / n if n else 0.0,
-                "norm": sum(r.norm**2 for r in rows) ** 0.5,
+                "norm": math.sqrt(sum(r.norm**2 for r in rows)),
                 "bytes": size,
                 "bytes_per_parameter": size / n if n else 0.0,
             }
@@ -155,8 +157,8 @@ def write_vector(
     card: bool = True,
     destination: bool = True,
 ) -> ExtractReport:
-    """`extract`, for callers inside the package that know that the donors fit (``checked``), want no
-    README.md (``card``) or made the folder themselves (``destination``)."""
+    """`extract`, for callers inside the package that know that the donors fit (``checked``), want
+    no README.md (``card``) or made the folder themselves (``destination``)."""
     if not vector.terms:
         message = "an empty vector (a point minus itself) has nothing to save"
         raise MismatchError(message)
@@ -183,11 +185,18 @@ def write_vector(
             "config": dict(first.config),
         },
     } | settings(options, sync=options.get("sync", True))
-    rows = json.loads(core.extract(json.dumps(plan), operands.handles, options.get("progress")))
     sync = options.get("sync", True)
+    # The manifest comes last, and without the tokens nobody could tell what the rows are.
     if (folder / "tokenizer.json").is_file():
         core.copy_whole(folder / "tokenizer.json", out / "tokenizer.json", sync)
+    try:
+        rows = json.loads(core.extract(json.dumps(plan), operands.handles, options.get("progress")))
+    except BaseException:
+        (out / "tokenizer.json").unlink(missing_ok=True)
+        raise
     if card:
+        from reasonvec.card import vector_card
+
         text = vector_card(read_json(out / "vector_config.json"))
         core.write_whole(out / "README.md", text.encode(), sync)
     warnings = [problem for problem in problems if problem.severity == "warning"]

@@ -175,7 +175,7 @@ def make_family(
         rl = _step(sft, rl_step, rl_noise)
         instruct = _step(base, _INSTRUCT_STEP, instruct_noise)
         for member, bits in zip(folders, (sft, rl, instruct, base), strict=False):
-            with open(member / slot.file, "r+b") as shard:
+            with (member / slot.file).open("r+b") as shard:
                 shard.seek(slot.offset + _ITEM * start)
                 shard.write(bits.data)
 
@@ -314,7 +314,7 @@ def _lay_out(architecture: _Architecture, folders: list[Path], shard_bytes: int)
     for folder in folders:
         folder.mkdir(parents=True)
         for file, (header, size) in headers.items():
-            with open(folder / file, "wb") as shard:
+            with (folder / file).open("wb") as shard:
                 shard.write(header)
                 shard.truncate(size)
         if len(files) > 1:

@@ -1,45 +1,22 @@
-"""The two kinds of folder that stand on disk: a checkpoint and a stored vector, opened but not read."""
+"""The two kinds of folder on disk, a checkpoint and a stored vector, opened but not read."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from reasonvec import _reasonvec as core
 from reasonvec.compat.layout import Layout, TensorInfo
-from reasonvec.errors import FormatError
+from reasonvec.json_values import Json, objects_in, read_json
 
 if TYPE_CHECKING:
     from reasonvec._reasonvec import Tensor
 
-__all__ = ["CheckpointFolder", "VectorFolder", "is_vector", "read_json"]
+__all__ = ["CheckpointFolder", "VectorFolder", "is_vector"]
 
 VECTOR_CONFIG = "vector_config.json"
-_LONGEST_JSON = 64 << 20
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """A small JSON object.
-
-    Raises:
-        FormatError: it is too large to be one, no JSON, or no object.
-        OSError: it cannot be read.
-    """
-    if path.stat().st_size > _LONGEST_JSON:
-        message = f"{path}: expected a JSON file of at most {_LONGEST_JSON} bytes; it is no config"
-        raise FormatError(message)
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        message = f"{path}: expected JSON: {error}"
-        raise FormatError(message) from None
-    if not isinstance(value, dict):
-        message = f"{path}: expected a JSON object, found {type(value).__name__}"
-        raise FormatError(message)
-    return value
 
 
 def is_vector(path: Path) -> bool:
@@ -78,12 +55,14 @@ class CheckpointFolder:
         if self.path.is_file():
             return
         for path in sorted(self.folder.iterdir()):
-            skip = path.name in weights or path.name.startswith(".") or path.name == "reasonvec.json"
+            skip = (
+                path.name in weights or path.name.startswith(".") or path.name == "reasonvec.json"
+            )
             if path.is_file() and not skip and path.suffix not in _OTHER_WEIGHTS:
                 yield path
 
 
-# The same weights in other formats: they would contradict the new ones, and pickles are never carried on.
+# The same weights in other formats would contradict the new ones; pickles are never carried on.
 _OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"})
 
 
@@ -95,12 +74,12 @@ class VectorFolder:
         self.handle = core.VectorFolder(path)
 
     @cached_property
-    def config(self) -> dict[str, object]:
+    def config(self) -> Json:
         return read_json(self.path / VECTOR_CONFIG)
 
     @property
-    def rows(self) -> list[Mapping[str, object]]:
-        return cast("list[Mapping[str, object]]", self.config["tensors"])
+    def rows(self) -> list[Json]:
+        return objects_in(self.config, "tensors", self.path / VECTOR_CONFIG)
 
     @cached_property
     def layout(self) -> Layout:

@@ -8,13 +8,15 @@ from typing import Unpack
 from reasonvec.algebra import Difference, Vector
 from reasonvec.compat.layout import FLOATS, Layout
 from reasonvec.compat.problem import demand
+from reasonvec.errors import MismatchError
 from reasonvec.extract import Row
 from reasonvec.folders import CheckpointFolder, VectorFolder
 from reasonvec.inspection import Inspection, TensorMeasure
+from reasonvec.json_values import Json
 from reasonvec.measure import Quantities, measure
 from reasonvec.names import kind_of, layer_of
 from reasonvec.run import RunOptions
-from reasonvec.terms import Json, Operands, elements, leaf_layout, vector_quantity
+from reasonvec.terms import Operands, elements, leaf_layout, vector_quantity
 
 __all__ = ["inspect_checkpoint", "inspect_vector"]
 
@@ -25,7 +27,11 @@ def inspect_checkpoint(folder: CheckpointFolder, **options: Unpack[RunOptions]) 
     operands.number(folder)
     tensors = {n: t for n, t in folder.layout.tensors.items() if t.dtype in FLOATS}
     quantities = [
-        Quantities(n, elements(t.shape), [[{"coefficient": 1.0, "source": {"tensor": operands.ref(folder, n)}}]])
+        Quantities(
+            n,
+            elements(t.shape),
+            [[{"coefficient": 1.0, "source": {"tensor": operands.ref(folder, n)}}]],
+        )
         for n, t in tensors.items()
     ]
     size = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -50,8 +56,15 @@ def inspect_checkpoint(folder: CheckpointFolder, **options: Unpack[RunOptions]) 
 
 
 def inspect_vector(vector: Vector, **options: Unpack[RunOptions]) -> Inspection:
-    """Norms, moved elements and largest changes of a vector's tensors. A stored vector as it is answers
-    from its manifest; anything else takes one pass."""
+    """Norms, moved elements and largest changes of a vector's tensors. A stored vector as it is
+    answers from its manifest; anything else takes one pass.
+
+    Raises:
+        MismatchError: the vector is empty, or its parts have no sum.
+    """
+    if not vector.terms:
+        message = "an empty vector (a point minus itself) has nothing to be inspected"
+        raise MismatchError(message)
     if len(vector.terms) == 1 and not vector.terms[0].factors and vector.terms[0].control is None:
         leaf = vector.terms[0].leaf
         if isinstance(leaf, VectorFolder):
@@ -65,11 +78,15 @@ def inspect_vector(vector: Vector, **options: Unpack[RunOptions]) -> Inspection:
         operands,
         options,
     )
-    measured = tuple(_row(row.name, first, row.moved[0], row.norm(0), row.max[0], row.max_at[0]) for row in rows)
+    measured = tuple(
+        _row(row.name, first, row.moved[0], row.norm(0), row.max[0], row.max_at[0]) for row in rows
+    )
     return Inspection(str(vector), "", "vector", measured, str(vector), _donor_paths(vector))
 
 
-def _row(name: str, layout: Layout, moved: int, norm: float, largest: float, at: int | None) -> TensorMeasure:
+def _row(
+    name: str, layout: Layout, moved: int, norm: float, largest: float, at: int | None
+) -> TensorMeasure:
     info = layout.tensors[name]
     n = elements(info.shape)
     return TensorMeasure(

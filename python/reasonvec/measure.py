@@ -6,12 +6,16 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypedDict, TypeVar
 
 from reasonvec import _reasonvec as core
+from reasonvec.json_values import Json
 from reasonvec.run import RunOptions, settings
-from reasonvec.terms import Json, Operands
+from reasonvec.terms import Operands
 
 __all__ = ["Measured", "Quantities", "measure"]
+
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +29,9 @@ class Quantities:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of a tensor with k quantities: ``gram[i][j]`` sums of products, ``moved[i]`` non-zero elements,
-    ``max[i]`` largest magnitudes at ``max_at[i]``, ``both[i][j]`` positions where both are non-zero,
-    ``agree[i][j]`` those of them with the same sign."""
+    """Of a tensor with k quantities: ``gram[i][j]`` sums of products, ``moved[i]`` non-zero
+    elements, ``max[i]`` largest magnitudes at ``max_at[i]``, ``both[i][j]`` positions where both
+    are non-zero, ``agree[i][j]`` those of them with the same sign."""
 
     name: str
     gram: list[list[float]]
@@ -77,25 +81,40 @@ def measure(
         ],
         "allow_nonfinite": allow_nonfinite,
     } | settings(options)
-    rows = json.loads(core.measure(json.dumps(plan), operands.handles, options.get("progress")))
+    rows: list[_Row] = json.loads(
+        core.measure(json.dumps(plan), operands.handles, options.get("progress"))
+    )
     return [_measured(row) for row in rows]
 
 
-def _measured(row: Json) -> Measured:
-    moved = row["moved"]
-    k = len(moved)  # type: ignore[arg-type]
+class _Row(TypedDict):
+    """One tensor, as the core reports it: squares line by line, None where a sum is not finite."""
 
-    def square(key: str) -> list[list[float]]:
-        flat = row[key]
-        return [flat[i * k : (i + 1) * k] for i in range(k)]  # type: ignore[index]
+    name: str
+    gram: list[float | None]
+    moved: list[int]
+    max: list[float | None]
+    max_at: list[int | None]
+    both: list[int]
+    agree: list[int]
 
-    nan = float("nan")
+
+def _measured(row: _Row) -> Measured:
+    k = len(row["moved"])
+
+    def square(flat: list[_Number]) -> list[list[_Number]]:
+        return [flat[i * k : (i + 1) * k] for i in range(k)]
+
     return Measured(
-        str(row["name"]),
-        [[nan if x is None else x for x in line] for line in square("gram")],
-        moved,  # type: ignore[arg-type]
-        [nan if x is None else x for x in row["max"]],  # type: ignore[attr-defined]
-        row["max_at"],  # type: ignore[arg-type]
-        square("both"),  # type: ignore[arg-type]
-        square("agree"),  # type: ignore[arg-type]
+        row["name"],
+        square(_numbers(row["gram"])),
+        row["moved"],
+        _numbers(row["max"]),
+        row["max_at"],
+        square(row["both"]),
+        square(row["agree"]),
     )
+
+
+def _numbers(values: list[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 __all__ = ["anonymous_bytes"]
 
-# An interpreter with numpy, typer and rich, where the system does not say.
+# An interpreter with numpy, click and rich, where the system does not say.
 _USUAL = 48 << 20
 
 

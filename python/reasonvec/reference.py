@@ -763,7 +763,7 @@ class Pair:
 
 
 def pair(a: Work, b: Work) -> Pair:
-    """Products and agreement of two vectors [n] and [n]; products are summed as `fixed_dot` does."""
+    """Products and agreement of two vectors [n] and [n]; products sum as in `fixed_dot`."""
     both = (a != 0) & (b != 0)
     return Pair(
         dot=fixed_dot(a, b),

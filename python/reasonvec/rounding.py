@@ -12,8 +12,8 @@ __all__ = ["Rounding"]
 @dataclass(frozen=True, slots=True)
 class Rounding:
     """Sums over elements, with ``u`` the intended update of an element and ``r`` what its output
-    changed by: ``intended`` is the sum of u*u, ``realised`` of r*r, ``dot`` of u*r; ``updated`` counts
-    u != 0, ``lost`` those of them whose output equals the target."""
+    changed by: ``intended`` is the sum of u*u, ``realised`` of r*r, ``dot`` of u*r; ``updated``
+    counts u != 0, ``lost`` those of them whose output equals the target."""
 
     intended: float = 0.0
     realised: float = 0.0

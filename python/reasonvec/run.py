@@ -19,7 +19,7 @@ class RunOptions(TypedDict, total=False):
     """Workers; 0 (the default) for one per processor."""
     memory_budget: int
     """Bytes that the workers may hold together, 64 MiB by default."""
-    progress: Progress
+    progress: Progress | None
     """Called about twenty times a second with (bytes done, bytes in all)."""
 
 

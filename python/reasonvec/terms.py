@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from reasonvec._reasonvec import Checkpoint as CoreCheckpoint
 from reasonvec._reasonvec import VectorFolder as CoreVector
@@ -17,10 +16,10 @@ from reasonvec.compat.placement import Placement
 from reasonvec.compat.problem import Problem
 from reasonvec.compat.rows import VocabPolicy
 from reasonvec.folders import CheckpointFolder, VectorFolder
+from reasonvec.json_values import Json
 from reasonvec.names import layer_of
 
 __all__ = [
-    "Json",
     "Operands",
     "PlacedTerm",
     "Summed",
@@ -31,8 +30,6 @@ __all__ = [
     "sum_terms",
     "vector_quantity",
 ]
-
-Json: TypeAlias = dict[str, object]
 
 
 @dataclass
@@ -69,7 +66,9 @@ def depth(layout: Layout) -> int:
     said = text_config(layout.config).get("num_hidden_layers")
     if isinstance(said, int) and not isinstance(said, bool):
         return said
-    return 1 + max((layer for name in layout.tensors if (layer := layer_of(name)) is not None), default=0)
+    return 1 + max(
+        (layer for name in layout.tensors if (layer := layer_of(name)) is not None), default=0
+    )
 
 
 def leaf_layout(leaf: Leaf) -> Layout:
@@ -81,7 +80,9 @@ def negative_names(leaf: Difference) -> dict[str, str]:
     """The name in the positive donor to the name of the same tensor in the negative one."""
     negative = leaf.negative.layout.names()
     pairs = {
-        stored: negative[name] for name, stored in leaf.positive.layout.names().items() if name in negative
+        stored: negative[name]
+        for name, stored in leaf.positive.layout.names().items()
+        if name in negative
     }
     for copy, original in leaf.positive.layout.copies().items():
         if original in pairs:
@@ -89,12 +90,17 @@ def negative_names(leaf: Difference) -> dict[str, str]:
     return pairs
 
 
-def source(leaf: Leaf, name: str, operands: Operands, negatives: dict[str, str] | None = None) -> Json:
+def source(
+    leaf: Leaf, name: str, operands: Operands, negatives: dict[str, str] | None = None
+) -> Json:
     """A leaf's tensor, for the core."""
     if isinstance(leaf, VectorFolder):
         return {"stored": operands.ref(leaf, name)}
     negatives = negative_names(leaf) if negatives is None else negatives
-    pair = [operands.ref(leaf.positive, name), operands.ref(leaf.negative, negatives.get(name, name))]
+    pair = [
+        operands.ref(leaf.positive, name),
+        operands.ref(leaf.negative, negatives.get(name, name)),
+    ]
     return {"difference": pair}
 
 
@@ -127,8 +133,10 @@ def place_term(
     problems: list[Problem] = []
     negatives: dict[str, str] | None = None
     if isinstance(leaf, Difference):
-        # Under a prefix map the donors' names are not the target's, and alpha speaks of the target's.
-        select: Callable[[str], bool] | None = None if map_prefix else lambda name: alpha(name) != 0.0
+        # Under a prefix map the donors' names are not the target's, which alpha speaks of.
+        select: Callable[[str], bool] | None = (
+            None if map_prefix else lambda name: alpha(name) != 0.0
+        )
         problems += donor_problems(leaf.positive.layout, leaf.negative.layout, select=select)
         negatives = negative_names(leaf)
     aligned = align(
@@ -193,7 +201,7 @@ class Summed:
 def sum_terms(
     vector: Vector, first: Layout, operands: Operands, *, checked: bool = True
 ) -> tuple[dict[str, Summed], list[Problem]]:
-    """A vector by itself, tensor by tensor under the names of its first summand, and what does not fit."""
+    """A vector by itself, tensor by tensor as its first summand names them, and what does not fit."""
     tensors: dict[str, Summed] = {}
     problems: list[Problem] = []
     for scaled in vector.terms:
@@ -234,14 +242,18 @@ def _add_term(
         if known is None or known.shape != info.shape:
             found = "lacks it" if known is None else f"has {list(known.shape)}"
             message = (
-                f"{layout.path}: {name} is {list(info.shape)}, but {first.path} {found}; only vectors of "
-                "one architecture and size have a sum: take others, or leave the tensor out"
+                f"{layout.path}: {name} is {list(info.shape)}, but {first.path} {found}; only "
+                "vectors of one architecture and size have a sum: take others, or leave the tensor "
+                "out"
             )
             problems.append(Problem("shape", message, name))
             continue
         tensor = tensors.setdefault(name, Summed(name, known.dtype, known.shape))
         if info.dtype in FLOATS:
-            term: Json = {"coefficient": alpha(name), "source": source(leaf, name, operands, negatives)}
+            term: Json = {
+                "coefficient": alpha(name),
+                "source": source(leaf, name, operands, negatives),
+            }
             if scaled.control is not None:
                 term["control"] = {"kind": scaled.control[0], "seed": scaled.control[1]}
             tensor.terms.append(term)

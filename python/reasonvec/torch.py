@@ -1,4 +1,4 @@
-"""Vectors on a live `torch.nn.Module`: what an alpha sweep needs. The one module that imports torch.
+"""Vectors on a live `torch.nn.Module`: what an alpha sweep needs.
 
     from reasonvec.torch import add_, subtract_
 
@@ -6,6 +6,8 @@
         add_(model, reason, alpha)
         scores[alpha] = evaluate(model)
         subtract_(model, reason, alpha)      # bit for bit what it was
+
+No other module of the package imports torch.
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from reasonvec import _reasonvec as core
 from reasonvec.algebra import Vector
 from reasonvec.compat.layout import Layout, TensorInfo
-from reasonvec.compat.problem import demand
+from reasonvec.compat.problem import Problem, demand
 from reasonvec.errors import MismatchError, NonFiniteError
-from reasonvec.terms import Json, Operands, place_term
+from reasonvec.json_values import Json
+from reasonvec.terms import Operands, place_term
 
 __all__ = ["add_", "subtract_"]
 
@@ -40,7 +44,7 @@ _CHUNK = 1 << 22
 
 @dataclass
 class _Kept:
-    """The originals of one `add_`: per tensor and chunk the elements that changed, or all of them."""
+    """The originals of one `add_`: per tensor and chunk the elements that changed, or all."""
 
     vector: Vector
     alpha: float
@@ -51,16 +55,18 @@ _kept: weakref.WeakKeyDictionary[torch.nn.Module, list[_Kept]] = weakref.WeakKey
 
 
 def add_(module: torch.nn.Module, vector: Vector, alpha: float = 1.0) -> None:
-    """Add ``alpha * vector`` to a module's parameters and buffers in place, rounding once, as `apply`
-    does, and keep what changed for `subtract_`.
+    """Add ``alpha * vector`` to a module's parameters and buffers in place, rounding once, as
+    `apply` does, and keep what changed for `subtract_`.
 
     Args:
-        module: its parameter names must be those of the vector's donors; tied parameters are changed once.
+        module: its parameter names must be those of the vector's donors; tied parameters are
+            changed once.
         vector: any expression of `reasonvec`.
         alpha: times the vector.
 
     Raises:
-        MismatchError: the vector does not fit the module; every problem is told and nothing is changed.
+        MismatchError: the vector does not fit the module; every problem is told and nothing is
+            changed.
         NonFiniteError: an update makes a parameter NaN or infinite; everything is put back.
     """
     kept = _Kept(vector, float(alpha))
@@ -77,18 +83,23 @@ def add_(module: torch.nn.Module, vector: Vector, alpha: float = 1.0) -> None:
 
 
 def subtract_(module: torch.nn.Module, vector: Vector, alpha: float = 1.0) -> None:
-    """Take back the last `add_` of the same vector and alpha, bit for bit, from the originals it kept.
+    """Take back the last `add_` of the same vector and alpha, bit for bit, from the originals it
+    kept.
 
     Raises:
-        MismatchError: the last `add_` on this module was another one, or there was none. To move in the
-            opposite direction, which is not the same as undoing, use ``add_(module, vector, -alpha)``.
+        MismatchError: the last `add_` on this module was another one, or there was none. For the
+            opposite direction, which is not the way back, use ``add_(module, vector, -alpha)``.
     """
     stack = _kept.get(module, [])
     if not stack or stack[-1].alpha != float(alpha) or stack[-1].vector.terms != vector.terms:
-        last = f"the last was {stack[-1].alpha:g} * ({stack[-1].vector})" if stack else "there was none"
+        last = (
+            f"the last was {stack[-1].alpha:g} * ({stack[-1].vector})"
+            if stack
+            else "there was none"
+        )
         message = (
-            f"subtract_ takes back the last add_ of the same vector and alpha, and {last}; for the opposite "
-            f"direction call add_(module, vector, {-alpha:g})"
+            f"subtract_ takes back the last add_ of the same vector and alpha, and {last}; for the "
+            f"opposite direction call add_(module, vector, {-alpha:g})"
         )
         raise MismatchError(message)
     _put_back(dict(_tensors(module)), stack.pop())
@@ -115,7 +126,9 @@ def _terms(
         for name, t in tensors.items()
     }
     layout = Layout(Path(type(module).__name__), infos, _config(module))
-    operands, terms, problems = Operands(), {}, []
+    operands = Operands()
+    terms: dict[str, list[Json]] = {}
+    problems: list[Problem] = []
     for scaled in vector.terms:
         # A module has no tokenizer; its rows are compared by count.
         placed = place_term(scaled, layout, operands)
@@ -134,7 +147,7 @@ def _add_tensor(
     text = json.dumps(terms)
     for start in range(0, n, _CHUNK):
         stop = min(start + _CHUNK, n)
-        update = torch.from_dlpack(core.values(text, name, n, start, stop, operands.handles))
+        update = from_dlpack(core.values(text, name, n, start, stop, operands.handles))
         update = update.to(flat.device)
         old = flat[start:stop]
         wide = torch.float64 if old.dtype == torch.float64 else torch.float32
@@ -149,7 +162,9 @@ def _add_tensor(
         if count == 0:
             continue
         if count * 4 < (stop - start):
-            kept.chunks.append((name, start, changed.nonzero().view(-1).to(torch.int32), old[changed].clone()))
+            kept.chunks.append(
+                (name, start, changed.nonzero().view(-1).to(torch.int32), old[changed].clone())
+            )
         else:
             kept.chunks.append((name, start, None, old.clone()))
         old.copy_(new)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import TypedDict, Unpack
 
 from reasonvec import _reasonvec as core
 from reasonvec.destination import MANIFEST, UNDO
 from reasonvec.errors import DamageError, FormatError, ReasonvecError
-from reasonvec.folders import CheckpointFolder, VectorFolder, is_vector, read_json
+from reasonvec.folders import CheckpointFolder, VectorFolder, is_vector
+from reasonvec.json_values import Json, object_in, read_json, string_in
 from reasonvec.run import RunOptions, settings
-from reasonvec.terms import Json, elements
+from reasonvec.terms import elements
 
 __all__ = ["DiffReport", "TensorDiff", "VerifyReport", "diff", "read_manifest", "verify"]
 
@@ -53,12 +54,16 @@ def read_manifest(path: Path) -> Json:
         message = f"{path}: holds an unfinished run; finish it with `reasonvec apply ... --resume`"
         raise ReasonvecError(message)
     if not (path / MANIFEST).is_file():
-        message = f"{path}: has no {MANIFEST}; only outputs of `reasonvec apply` and vectors have digests"
+        message = (
+            f"{path}: has no {MANIFEST}; only outputs of `reasonvec apply` and vectors have digests"
+        )
         raise ReasonvecError(message)
     manifest = read_json(path / MANIFEST)
     output = manifest.get("output")
     if manifest.get("format") != 1:
-        message = f"{path / MANIFEST}: is of format {manifest.get('format')!r}, this version reads 1"
+        message = (
+            f"{path / MANIFEST}: is of format {manifest.get('format')!r}, this version reads 1"
+        )
         raise FormatError(message)
     if not isinstance(output, dict) or not isinstance(output.get("tensors"), dict):
         message = f"{path / MANIFEST}: expected output.tensors; the file is damaged"
@@ -76,32 +81,36 @@ def verify(path: Path, **options: Unpack[RunOptions]) -> VerifyReport:
     if is_vector(path):
         return _verify_vector(path, options)
     manifest = read_manifest(path)
-    algorithm = str(manifest["digest"])
+    record = path / MANIFEST
+    algorithm = string_in(manifest, "digest", record)
     if algorithm == "none":
         message = f"{path}: was written with --digest none, so there is nothing to compare with"
         raise ReasonvecError(message)
-    output: dict[str, dict[str, object]] = manifest["output"]  # type: ignore[assignment]
+    output = object_in(manifest, "output", record)
+    tensors = object_in(output, "tensors", record)
+    rows = {name: object_in(tensors, name, record).get("digest") for name in tensors}
+    files = object_in(output, "files", record) if "files" in output else {}
     damage: list[str] = []
-    rows: dict[str, dict[str, object]] = output["tensors"]  # type: ignore[assignment]
-    files: dict[str, object] = output.get("files", {})
     folder = CheckpointFolder(path)
     there = folder.layout.tensors
     damage += [f"{name}: is not in the folder any more" for name in rows if name not in there]
-    damage += [f"{name}: is in the folder, but not in the record" for name in there if name not in rows]
+    damage += [
+        f"{name}: is in the folder, but not in the record" for name in there if name not in rows
+    ]
     names = [name for name in rows if name in there]
     found = core.digest_tensors(
         folder.handle, names, algorithm, json.dumps(settings(options)), options.get("progress")
     )
     for name, digest in zip(names, found, strict=True):
-        if digest != rows[name]["digest"]:
+        if digest != rows[name]:
             where = path / there[name].file
-            damage.append(f"{where}: {name} has the digest {digest}, the record says {rows[name]['digest']}")
-    for name, digest in files.items():
+            damage.append(f"{where}: {name} has the digest {digest}, the record says {rows[name]}")
+    for name, recorded in files.items():
         if Path(name).name != name:
             damage.append(f"{name!r}: is no plain file name")
         elif not (path / name).is_file():
             damage.append(f"{path / name}: is missing")
-        elif digest is not None and core.digest_file(path / name, algorithm) != digest:
+        elif recorded is not None and core.digest_file(path / name, algorithm) != recorded:
             damage.append(f"{path / name}: is not the file that was written")
     if (path / UNDO).is_dir():
         damage += _verify_vector(path / UNDO, options).damage
@@ -120,8 +129,8 @@ def _verify_vector(path: Path, options: RunOptions) -> VerifyReport:
 
 @dataclass(frozen=True, slots=True)
 class TensorDiff:
-    """How one tensor differs: elements whose bits do, and the first of them; or ``why`` it cannot be
-    compared."""
+    """How one tensor differs: elements whose bits do, and the first of them; or ``why`` it cannot
+    be compared."""
 
     name: str
     elements: int
@@ -158,11 +167,24 @@ class DiffReport:
             "elements": self.elements,
             "differing": self.differing,
             "tensors": {
-                t.name: {"elements": t.elements, "differing": t.differing, "first": t.first, "why": t.why}
+                t.name: {
+                    "elements": t.elements,
+                    "differing": t.differing,
+                    "first": t.first,
+                    "why": t.why,
+                }
                 for t in self.tensors
                 if t.differing or t.why is not None
             },
         }
+
+
+class _Differing(TypedDict):
+    """One tensor, as the core reports it."""
+
+    name: str
+    differing: int
+    first: int | None
 
 
 def diff(first: Path, second: Path, **options: Unpack[RunOptions]) -> DiffReport:
@@ -178,16 +200,19 @@ def diff(first: Path, second: Path, **options: Unpack[RunOptions]) -> DiffReport
     for name in dict.fromkeys([*mine, *theirs]):
         one, other = mine.get(name), theirs.get(name)
         if one is None or other is None:
-            rows[name] = TensorDiff(name, 0, 0, None, f"only in {first if one is not None else second}")
+            rows[name] = TensorDiff(
+                name, 0, 0, None, f"only in {first if one is not None else second}"
+            )
         elif (one.dtype, one.shape) != (other.dtype, other.shape):
             why = f"{one.dtype} {list(one.shape)} against {other.dtype} {list(other.shape)}"
             rows[name] = TensorDiff(name, elements(one.shape), 0, None, why)
         else:
             names.append(name)
-    found = json.loads(
+    found: list[_Differing] = json.loads(
         core.diff(a.handle, b.handle, names, json.dumps(settings(options)), options.get("progress"))
     )
     for row in found:
-        n = elements(mine[row["name"]].shape)
-        rows[row["name"]] = TensorDiff(row["name"], n, row["differing"], row["first"])
+        name = row["name"]
+        n = elements(mine[name].shape)
+        rows[name] = TensorDiff(name, n, row["differing"], row["first"])
     return DiffReport(first, second, [rows[name] for name in dict.fromkeys([*mine, *theirs])])

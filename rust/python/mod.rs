@@ -21,7 +21,7 @@ mod _reasonvec {
     use super::classes::{opened, parse};
     use super::enter::{enter, fail};
     use super::tensor::Storage;
-    use crate::merge::linear;
+    use crate::merge;
     use crate::plan::{Operands, Settings, TermPlan};
     use crate::simd::Level;
     use crate::store::{Algorithm, FileMap, Pool, TensorView, journal, writer};
@@ -53,21 +53,21 @@ mod _reasonvec {
 
     /// What an apply plan will read, write and hold, from headers alone.
     #[pyfunction]
-    #[pyo3(signature = (plan, operands))]
+    #[pyo3(signature = (plan, operands: "Sequence[Checkpoint | VectorFolder]"))]
     fn predict(py: Python<'_>, plan: &str, operands: Vec<Py<PyAny>>) -> PyResult<String> {
-        let plan: linear::ApplyPlan = parse(py, plan)?;
+        let plan: merge::ApplyPlan = parse(py, plan)?;
         let operands = opened(py, &operands)?;
-        let prediction = linear::predict(&plan, Operands(&operands)).map_err(|e| fail(py, e))?;
+        let prediction = merge::predict(&plan, Operands(&operands)).map_err(|e| fail(py, e))?;
         report(py, &prediction)
     }
 
     /// Writes the shards of an apply plan. `progress(done, total)` is called with bytes.
     #[pyfunction]
-    #[pyo3(signature = (plan, operands, progress=None))]
+    #[pyo3(signature = (plan, operands: "Sequence[Checkpoint | VectorFolder]", progress: "Callable[[int, int], object] | None" = None))]
     fn apply(py: Python<'_>, plan: &str, operands: Vec<Py<PyAny>>, progress: Option<Py<PyAny>>) -> PyResult<String> {
-        let plan: linear::ApplyPlan = parse(py, plan)?;
+        let plan: merge::ApplyPlan = parse(py, plan)?;
         let operands = opened(py, &operands)?;
-        let done = enter(py, progress, |control| linear::apply(&plan, Operands(&operands), control))?;
+        let done = enter(py, progress, |control| merge::apply(&plan, Operands(&operands), control))?;
         let rows: Vec<_> = done
             .iter()
             .map(|d| {
@@ -86,7 +86,7 @@ mod _reasonvec {
 
     /// Writes a vector folder from an extract plan; its manifest rows.
     #[pyfunction]
-    #[pyo3(signature = (plan, operands, progress=None))]
+    #[pyo3(signature = (plan, operands: "Sequence[Checkpoint | VectorFolder]", progress: "Callable[[int, int], object] | None" = None))]
     fn extract(py: Python<'_>, plan: &str, operands: Vec<Py<PyAny>>, progress: Option<Py<PyAny>>) -> PyResult<String> {
         let plan: vector::extract::ExtractPlan = parse(py, plan)?;
         let operands = opened(py, &operands)?;
@@ -96,7 +96,7 @@ mod _reasonvec {
 
     /// Norms, products, counts and largest elements of quantities, in one pass.
     #[pyfunction]
-    #[pyo3(signature = (plan, operands, progress=None))]
+    #[pyo3(signature = (plan, operands: "Sequence[Checkpoint | VectorFolder]", progress: "Callable[[int, int], object] | None" = None))]
     fn measure(py: Python<'_>, plan: &str, operands: Vec<Py<PyAny>>, progress: Option<Py<PyAny>>) -> PyResult<String> {
         let plan: inspect::MeasurePlan = parse(py, plan)?;
         let operands = opened(py, &operands)?;
@@ -106,7 +106,7 @@ mod _reasonvec {
 
     /// Elements `start..stop` of a sum of terms, as F32.
     #[pyfunction]
-    #[pyo3(signature = (terms, name, elements, start, stop, operands))]
+    #[pyo3(signature = (terms, name, elements, start, stop, operands: "Sequence[Checkpoint | VectorFolder]"))]
     fn values(
         py: Python<'_>,
         terms: &str,
@@ -125,7 +125,7 @@ mod _reasonvec {
 
     /// Exact counts of the elements that differ between two checkpoints.
     #[pyfunction]
-    #[pyo3(signature = (a, b, names, settings, progress=None))]
+    #[pyo3(signature = (a, b, names: "Sequence[str]", settings, progress: "Callable[[int, int], object] | None" = None))]
     fn diff(
         py: Python<'_>,
         a: PyRef<'_, Checkpoint>,
@@ -142,7 +142,7 @@ mod _reasonvec {
 
     /// The digests of some tensors of a checkpoint.
     #[pyfunction]
-    #[pyo3(signature = (checkpoint, names, algorithm, settings, progress=None))]
+    #[pyo3(signature = (checkpoint, names: "Sequence[str]", algorithm, settings, progress: "Callable[[int, int], object] | None" = None))]
     fn digest_tensors(
         py: Python<'_>,
         checkpoint: PyRef<'_, Checkpoint>,
@@ -174,7 +174,7 @@ mod _reasonvec {
 
     /// Checks every stored part of a vector folder against its manifest's digests.
     #[pyfunction]
-    #[pyo3(signature = (vector, settings, progress=None))]
+    #[pyo3(signature = (vector, settings, progress: "Callable[[int, int], object] | None" = None))]
     fn verify_vector(
         py: Python<'_>,
         vector: PyRef<'_, VectorFolder>,

@@ -19,9 +19,10 @@ pub(super) enum Storage {
 
 /// Bytes of a shard (or computed values) with a dtype and a shape.
 ///
-/// `torch.from_dlpack(t)` and `numpy.from_dlpack(t)` share its memory; `memoryview(t)` and `numpy.asarray(t)` see it read-only. bf16 stays
-/// bf16 in DLPack; in the buffer protocol, which has no name for it, its elements are their 16-bit patterns (format "H").
-/// Writing through DLPack changes this process's private pages, never the file.
+/// `torch.from_dlpack(t)` and `numpy.from_dlpack(t)` share its memory; `memoryview(t)` and
+/// `numpy.asarray(t)` see it read-only. bf16 stays bf16 in DLPack; in the buffer protocol, which
+/// has no name for it, its elements are their 16-bit patterns (format "H"). Writing through DLPack
+/// changes this process's private pages, never the file.
 #[pyclass(frozen, module = "reasonvec._reasonvec")]
 pub(super) struct Tensor(Arc<Inner>);
 
@@ -174,7 +175,7 @@ impl Tensor {
 
     /// A DLPack capsule that shares this memory.
     #[allow(unsafe_code)]
-    #[pyo3(signature = (*, stream=None, max_version=None, dl_device=None, copy=None))]
+    #[pyo3(signature = (*, stream: "object | None" = None, max_version: "object | None" = None, dl_device=None, copy=None) -> "CapsuleType")]
     fn __dlpack__(
         &self,
         py: Python<'_>,

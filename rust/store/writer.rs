@@ -117,16 +117,6 @@ impl Writer {
         Ok(())
     }
 
-    /// Starts sending written bytes to the disk without waiting, so that the final sync finds little left to do.
-    pub fn start_writeback(&self, offset: u64, len: u64) {
-        #[cfg(target_os = "linux")]
-        {
-            let _ = (offset, len);
-        }
-        #[cfg(not(target_os = "linux"))]
-        let _ = (offset, len);
-    }
-
     /// Cuts the file off at a length.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use reasonvec::Result;
 use reasonvec::bf16::{Bf16, Element, F16};
 use reasonvec::dtype::{Class, Dtype};
-use reasonvec::merge::linear::{self, ApplyPlan, Done};
+use reasonvec::merge::{self, ApplyPlan, Done};
 use reasonvec::philox::splitmix64;
 use reasonvec::plan::{Operand, Operands};
 use reasonvec::store::Checkpoint;
@@ -223,7 +223,7 @@ pub(crate) fn apply_plan(
 }
 
 pub(crate) fn apply(plan: &ApplyPlan, operands: &[Operand]) -> Result<Vec<Done>> {
-    linear::apply(plan, Operands(operands), &Control::default())
+    merge::apply(plan, Operands(operands), &Control::default())
 }
 
 /// The vector of operand 0 minus operand 1: differences of floats, integers that must be equal.
@@ -266,6 +266,12 @@ impl Family {
     /// A family whose members have one shard each.
     pub(crate) fn single(p: &[Tensor], n: &[Tensor], t: &[Tensor]) -> Self {
         Self::new(&[p.to_vec()], &[n.to_vec()], &[t.to_vec()])
+    }
+
+    /// A family whose members have one tensor each.
+    pub(crate) fn one(p: &Tensor, n: &Tensor, t: &Tensor) -> Self {
+        let [p, n, t] = [p, n, t].map(std::slice::from_ref);
+        Self::single(p, n, t)
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

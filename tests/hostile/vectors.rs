@@ -27,7 +27,7 @@ struct Spoil {
 impl Spoil {
     /// Tensors in every encoding: `codes` and `short` with escapes, `full`, `every` (dense), `none`; `full` and `every` with second parts.
     fn new() -> Self {
-        let steps: [(&str, Dtype, fn(u64) -> f64); 5] = [
+        let steps: [Step; 5] = [
             ("codes", Dtype::BF16, |i| match i {
                 i if i % 50 == 3 => 0.003,
                 i if i % 5 == 0 => old(i) + 0.0078125,
@@ -113,6 +113,9 @@ impl Spoil {
         self.part(part).set(i, bits);
     }
 }
+
+/// A tensor of the positive donor: its name, its format, its elements.
+type Step = (&'static str, Dtype, fn(u64) -> f64);
 
 /// Elements of each.
 const N: u64 = 480;
@@ -308,7 +311,7 @@ fn starts_that_lie_about_blocks_are_refused() {
         let step = move |i: u64| if moves && i.is_multiple_of(1000) { 1.0078125 } else { 1.0 };
         Tensor::floats("w", Dtype::BF16, (0..n).map(step))
     };
-    let mut family = Family::single(&[one(true)], &[one(false)], &[one(false)]);
+    let mut family = Family::one(&one(true), &one(false), &one(false));
     family.extract("sparse");
     let config = serde_json::from_str(&std::fs::read_to_string(family.path("v").join(CONFIG)).unwrap()).unwrap();
     let mut spoil = Spoil { family, config, data: Vec::new() };

@@ -86,7 +86,7 @@ cases = st.builds(
     target=st.sampled_from(FLOATS),
     out=st.sampled_from([None, None, *OUT]),
     terms=st.lists(terms, min_size=1, max_size=3).map(tuple),
-    sizes=st.just(SMALL_SIZES) | st.lists(st.integers(1, 40), min_size=1, max_size=2).map(tuple),
+    sizes=st.just(SMALL_SIZES) | st.lists(st.integers(1, 40), min_size=1, max_size=2, unique=True).map(tuple),
     patterns=patterns,
     seed=st.integers(0, 2**64 - 1),
     finite=st.booleans(),
@@ -611,3 +611,33 @@ def test_the_first_number_that_is_not_finite_is_named(
             assert not list((folder / "v").iterdir())
             with pytest.raises(rv.NonFiniteError, match=f"(?i){where}"):
                 vector.inspect()
+
+
+def test_a_sum_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    """An overflow of finite inputs is refused too: which element, and what to do about it."""
+    case = Case("F16", None, (Term("F16", "F16", 2.0),), (MICRO + 17,))
+    bits = inputs_of(case)
+    for role, value in (("t", 60000.0), ("p0", 20000.0), ("n0", 10000.0)):
+        bits[role][MICRO + 17][MICRO + 3 :] = ref.narrow(np.array([value]), "F16")
+    write_inputs(case, bits, tmp_path)
+    point = rv.open(tmp_path / "t") + vector_of(case, tmp_path, 0)
+    where = re.escape(f"{tmp_path / 't' / 'model.safetensors'}: tensor w{MICRO + 17}")
+    with pytest.raises(rv.NonFiniteError, match=f"{where}: element {MICRO + 3} is 80000 .*float32"):
+        point.save(tmp_path / "out", sync=False)
+    point.save(tmp_path / "long", sync=False, out_dtype="float32")
+
+
+def test_a_second_part_decides_whether_a_sum_fits(tmp_path: Path) -> None:
+    """65520 rounds to infinity in f16, and 65520 - 0.0009 does not: only the whole sum counts."""
+    p, n = np.array([0.003], np.float32), np.array([-65519.99609375], np.float32)
+    case = Case("F16", None, (Term("F32", "F32", 1.0, None, "sparse"),), (1,))
+    bits: Inputs = {
+        "t": {1: np.zeros(1, np.uint16)},
+        "p0": {1: p.view(np.uint32)},
+        "n0": {1: n.view(np.uint32)},
+    }
+    assert ref.extract(bits["p0"][1], "F32", bits["n0"][1], "F32").values.tolist() == [65520.0]
+    check_apply(case, bits)
+    write_inputs(case, bits, tmp_path)
+    (rv.open(tmp_path / "t") + vector_of(case, tmp_path, 0)).save(tmp_path / "out", sync=False)
+    assert ref.widen(read_checkpoint(tmp_path / "out")["w1"].bits, "F16").tolist() == [65504.0]

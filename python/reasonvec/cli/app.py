@@ -26,7 +26,7 @@ from reasonvec.cli.console import (
 
 if TYPE_CHECKING:
     from reasonvec.algebra import Vector
-    from reasonvec.apply import ApplyOptions, OutDtype
+    from reasonvec.apply import OutDtype
     from reasonvec.compat.alignment import MissingPolicy
     from reasonvec.compat.rows import VocabPolicy
     from reasonvec.extract import Encoding
@@ -36,12 +36,21 @@ __all__ = ["main"]
 
 Pairs = Sequence[tuple[Path, Path]]
 _ALLOW = click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass.")
-_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an earlier output of reasonvec in the folder.")
+_OVERWRITE = click.option(
+    "--overwrite", is_flag=True, help="Replace an earlier output of reasonvec in the folder."
+)
 _SYNC = click.option(
-    "--sync/--no-sync", default=True, show_default=True, help="Flush files to the disk before they get their final names."
+    "--sync/--no-sync",
+    default=True,
+    show_default=True,
+    help="Flush files to the disk before they get their final names.",
 )
 _DIGEST = click.option(
-    "--digest", type=DIGEST, default="xxh3-128", show_default=True, help="xxh3-128 detects damage, blake3 forgery too."
+    "--digest",
+    type=DIGEST,
+    default="xxh3-128",
+    show_default=True,
+    help="xxh3-128 detects damage, blake3 forgery too.",
 )
 
 
@@ -58,9 +67,9 @@ def main() -> None:
 @click.argument("positive", type=INPUT, metavar="P")
 @click.argument("negative", type=INPUT, metavar="N")
 @click.argument("target", type=INPUT, metavar="[T]", required=False)
-@placing_options()
-@running_options()
-@output_options()
+@placing_options
+@running_options
+@output_options
 def check(
     positive: Path,
     negative: Path,
@@ -106,13 +115,13 @@ def check(
     show_default=True,
     help="How tensors are stored; auto takes the fewest bytes.",
 )
-@selecting_options()
+@selecting_options
 @_DIGEST
 @_ALLOW
 @_OVERWRITE
 @_SYNC
-@running_options()
-@output_options()
+@running_options
+@output_options
 def extract(
     positive: Path,
     negative: Path,
@@ -150,40 +159,59 @@ def extract(
 
 @main.command()
 @click.argument("vectors", type=INPUT, metavar="[V]...", nargs=-1)
-@vector_sources()
-@click.option("--to", type=INPUT, required=True, metavar="T", help="The target; it is never changed.")
-@click.option("--out", "-o", type=INPUT, required=True, metavar="DIR", help="The new checkpoint's folder.")
+@vector_sources
+@click.option(
+    "--to", type=INPUT, required=True, metavar="T", help="The target; it is never changed."
+)
+@click.option(
+    "--out", "-o", type=INPUT, required=True, metavar="DIR", help="The new checkpoint's folder."
+)
 @click.option(
     "--alpha",
     "-a",
     type=float,
     multiple=True,
     metavar="A",
-    help="Times each vector, in the order of V... and then --from; negative subtracts.  [default: 1]",
+    help="Times each vector, in the order of V... and then --from; negative subtracts.  "
+    "[default: 1]",
 )
 @click.option(
-    "--alpha-for", multiple=True, metavar="REGEX=VALUE", help="Another alpha for tensors whose name this finds; repeatable."
+    "--alpha-for",
+    multiple=True,
+    metavar="REGEX=VALUE",
+    help="Another alpha for tensors whose name this finds; repeatable.",
 )
 @click.option("--layer-ramp", metavar="A:B", help="Times A in the first layer to B in the last.")
-@selecting_options()
+@selecting_options
 @click.option(
     "--control",
     type=click.Choice(["random", "reverse", "shuffle"]),
-    help="A control in place of the vectors: noise of the same norm, minus the vector, the same values elsewhere.",
+    help="A control in place of the vectors: noise of the same norm, minus the vector, the same "
+    "values elsewhere.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="For --control.")
-@placing_options()
-@click.option("--out-dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="The target's by default.")
-@click.option("--chat-template-from", type=INPUT, metavar="DIR", help="Take this folder's chat template.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="For --control."
+)
+@placing_options
+@click.option(
+    "--out-dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="The target's by default.",
+)
+@click.option(
+    "--chat-template-from", type=INPUT, metavar="DIR", help="Take this folder's chat template."
+)
 @_DIGEST
 @click.option("--keep-undo", is_flag=True, help="Store the exact way back beside the output.")
 @_ALLOW
-@click.option("--dry-run", is_flag=True, help="Say what would happen, and every problem; write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Say what would happen, and every problem; write nothing."
+)
 @click.option("--resume", is_flag=True, help="Continue an unfinished run.")
 @_OVERWRITE
 @_SYNC
-@running_options()
-@output_options()
+@running_options
+@output_options
 def apply(
     vectors: Sequence[Path],
     pairs: Pairs,
@@ -214,7 +242,8 @@ def apply(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Add vectors to the target T in one pass, and write the result with a record of how it came to be."""
+    """Add vectors to the target T in one pass, and write the result with a record of how it came to
+    be."""
     with guarded(), progress("applying", quiet=quiet or as_json or dry_run) as tell:
         vector = _scaled(_each(vectors, pairs), alpha)
         if alpha_for:
@@ -224,23 +253,21 @@ def apply(
         vector = _where(vector, include, exclude)
         if control is not None:
             vector = vector.control(control, seed=seed)
-        options: ApplyOptions = {
-            "vocab": vocab,
-            "missing": missing,
-            "map_prefix": _prefixes(map_prefix),
-            "digest": digest,
-            "keep_undo": keep_undo,
-            "allow_nonfinite": allow_nonfinite,
-            "resume": resume,
-            "overwrite": overwrite,
-            "sync": sync,
+        plan = (open_point(to) + vector).plan(
+            out,
+            vocab=vocab,
+            missing=missing,
+            map_prefix=_prefixes(map_prefix),
+            out_dtype=out_dtype,
+            chat_template_from=chat_template_from,
+            digest=digest,
+            keep_undo=keep_undo,
+            allow_nonfinite=allow_nonfinite,
+            resume=resume,
+            overwrite=overwrite,
+            sync=sync,
             **run_options(threads, memory_budget, tell),
-        }
-        if out_dtype is not None:
-            options["out_dtype"] = out_dtype
-        if chat_template_from is not None:
-            options["chat_template_from"] = chat_template_from
-        plan = (open_point(to) + vector).plan(out, **options)
+        )
         report = None if dry_run else plan.run()
 
     def show() -> None:
@@ -254,12 +281,14 @@ def apply(
 
 @main.command()
 @click.argument("folder", type=INPUT, metavar="DIR")
-@click.option("--out", "-o", type=INPUT, required=True, metavar="ORIG", help="Where to put the target.")
+@click.option(
+    "--out", "-o", type=INPUT, required=True, metavar="ORIG", help="Where to put the target."
+)
 @click.option("--source", type=INPUT, metavar="T", help="Where the target is now, if it has moved.")
 @_OVERWRITE
 @_SYNC
-@running_options()
-@output_options()
+@running_options
+@output_options
 def undo(
     folder: Path,
     out: Path,
@@ -274,27 +303,26 @@ def undo(
 ) -> None:
     """Give back the original target of DIR, an output of apply, bit for bit."""
     from reasonvec.cli.show import show_undo
-    from reasonvec.undo import UndoOptions
     from reasonvec.undo import undo as run
 
     with guarded(), progress("undoing", quiet=quiet or as_json) as tell:
-        options: UndoOptions = {
-            "overwrite": overwrite,
-            "sync": sync,
+        report = run(
+            folder,
+            out,
+            source=source,
+            overwrite=overwrite,
+            sync=sync,
             **run_options(threads, memory_budget, tell),
-        }
-        if source is not None:
-            options["source"] = source
-        report = run(folder, out, **options)
+        )
     emit(report.as_json, lambda: show_undo(report), as_json=as_json, quiet=quiet)
 
 
 @main.command()
 @click.argument("path", type=INPUT, metavar="[PATH]", required=False)
-@vector_sources()
+@vector_sources
 @click.option("--html", type=INPUT, metavar="FILE", help="One self-contained page with heat maps.")
-@running_options()
-@output_options()
+@running_options
+@output_options
 def inspect(
     path: Path | None,
     pairs: Pairs,
@@ -325,9 +353,9 @@ def inspect(
 
 @main.command()
 @click.argument("vectors", type=INPUT, metavar="[V] [W]", nargs=-1)
-@vector_sources()
-@running_options()
-@output_options()
+@vector_sources
+@running_options
+@output_options
 def compare(
     vectors: Sequence[Path],
     pairs: Pairs,
@@ -348,8 +376,8 @@ def compare(
 
 @main.command()
 @click.argument("folder", type=INPUT, metavar="DIR")
-@running_options()
-@output_options()
+@running_options
+@output_options
 def verify(folder: Path, threads: int, memory_budget: int, *, as_json: bool, quiet: bool) -> None:
     """Are the bytes of DIR, an output of apply or a vector, still those that were written?"""
     from reasonvec.cli.show import show_verify
@@ -364,9 +392,11 @@ def verify(folder: Path, threads: int, memory_budget: int, *, as_json: bool, qui
 @main.command()
 @click.argument("first", type=INPUT, metavar="A")
 @click.argument("second", type=INPUT, metavar="B")
-@running_options()
-@output_options()
-def diff(first: Path, second: Path, threads: int, memory_budget: int, *, as_json: bool, quiet: bool) -> None:
+@running_options
+@output_options
+def diff(
+    first: Path, second: Path, threads: int, memory_budget: int, *, as_json: bool, quiet: bool
+) -> None:
     """Exact counts of the elements that differ between the checkpoints A and B."""
     from reasonvec.cli.show import show_diff
     from reasonvec.verify import diff as run
@@ -380,7 +410,8 @@ def diff(first: Path, second: Path, threads: int, memory_budget: int, *, as_json
 @main.command()
 @click.argument("folder", type=INPUT, metavar="[DIR]", default="reasonvec-demo")
 def demo(folder: Path) -> None:
-    """Make a small family of checkpoints, and run check, extract, inspect, apply and verify on it."""
+    """Make a small family of checkpoints, and run check, extract, inspect, apply and verify on
+    it."""
     from reasonvec.cli.demo import run
 
     with guarded():

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ParamSpec, TypeAlias, TypeVar
+from typing import ParamSpec, TypeVar
 
 import click
 
@@ -18,7 +18,6 @@ from reasonvec.run import Progress, RunOptions
 __all__ = [
     "DIGEST",
     "INPUT",
-    "Size",
     "emit",
     "fail",
     "guarded",
@@ -33,111 +32,105 @@ __all__ = [
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-Decorator: TypeAlias = Callable[[Callable[_P, _R]], Callable[_P, _R]]
 
 INPUT = click.Path(path_type=Path)
 DIGEST = click.Choice(["xxh3-128", "blake3", "none"])
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-class Size(click.ParamType):
+def _size(context: click.Context, parameter: click.Parameter, text: str) -> int:
     """Bytes from "64MiB", "1G", "500MB" or "1048576"; units are binary, as for memory."""
-
-    name = "size"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        text = str(value)
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-        if found is None:
-            self.fail(f"expected a size such as 64MiB or 1GiB, found {text!r}", param, ctx)
-        return int(float(found[1]) * _UNITS[found[2].upper()])
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if found is None:
+        message = f"expected a size such as 64MiB or 1GiB, found {text!r}"
+        raise click.BadParameter(message, context, parameter)
+    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def _all(*options: Decorator[_P, _R]) -> Decorator[_P, _R]:
-    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
-        for option in reversed(options):
-            function = option(function)
-        return function
+_FROM = click.option(
+    "--from",
+    "pairs",
+    type=(INPUT, INPUT),
+    multiple=True,
+    metavar="P N",
+    help="The difference of two checkpoints in place of a vector; nothing is written in between.",
+)
+_INCLUDE = click.option(
+    "--include",
+    multiple=True,
+    metavar="REGEX",
+    help="Only tensors whose name this finds; repeatable.",
+)
+_EXCLUDE = click.option(
+    "--exclude", multiple=True, metavar="REGEX", help="No tensor whose name this finds; repeatable."
+)
+_VOCAB = click.option(
+    "--vocab",
+    type=click.Choice(["strict", "skip", "match-tokens"]),
+    default="strict",
+    show_default=True,
+    help="What to do with embeddings and head if vocabularies differ.",
+)
+_MISSING = click.option(
+    "--missing",
+    type=click.Choice(["error", "skip"]),
+    default="error",
+    show_default=True,
+    help="What a tensor is that one side lacks.",
+)
+_MAP_PREFIX = click.option(
+    "--map-prefix",
+    multiple=True,
+    metavar="A=B",
+    help="Target names that begin with A read the vector's under B; repeatable.",
+)
+_THREADS = click.option(
+    "--threads",
+    "-j",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Workers.  [default: one per processor]",
+)
+_MEMORY_BUDGET = click.option(
+    "--memory-budget",
+    callback=_size,
+    metavar="SIZE",
+    default="64MiB",
+    show_default=True,
+    help="Memory that the workers may hold together.",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+_QUIET = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 
-    return decorate
 
-
-def vector_sources() -> Decorator[_P, _R]:
+def vector_sources(command: Callable[_P, _R]) -> Callable[_P, _R]:
     """`--from P N`, repeatable: a difference where a vector may stand."""
-    return click.option(
-        "--from",
-        "pairs",
-        type=(INPUT, INPUT),
-        multiple=True,
-        metavar="P N",
-        help="The difference of two checkpoints in place of a vector; nothing is written in between.",
-    )
+    return _FROM(command)
 
 
-def selecting_options() -> Decorator[_P, _R]:
+def selecting_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
     """`--include`, `--exclude`."""
-    return _all(
-        click.option("--include", multiple=True, metavar="REGEX", help="Only tensors whose name this finds; repeatable."),
-        click.option("--exclude", multiple=True, metavar="REGEX", help="No tensor whose name this finds; repeatable."),
-    )
+    return _INCLUDE(_EXCLUDE(command))
 
 
-def placing_options() -> Decorator[_P, _R]:
+def placing_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
     """How a vector is laid onto a target."""
-    return _all(
-        click.option(
-            "--vocab",
-            type=click.Choice(["strict", "skip", "match-tokens"]),
-            default="strict",
-            show_default=True,
-            help="What to do with embeddings and head if vocabularies differ.",
-        ),
-        click.option(
-            "--missing",
-            type=click.Choice(["error", "skip"]),
-            default="error",
-            show_default=True,
-            help="What a tensor is that one side lacks.",
-        ),
-        click.option(
-            "--map-prefix",
-            multiple=True,
-            metavar="A=B",
-            help="Target names that begin with A read the vector's under B; repeatable.",
-        ),
-    )
+    return _VOCAB(_MISSING(_MAP_PREFIX(command)))
 
 
-def running_options() -> Decorator[_P, _R]:
+def running_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
     """How a pass is run."""
-    return _all(
-        click.option("--threads", "-j", type=click.IntRange(min=0), default=0, help="Workers.  [default: one per processor]"),
-        click.option(
-            "--memory-budget",
-            type=Size(),
-            default="64MiB",
-            show_default=True,
-            help="Memory that the workers may hold together.",
-        ),
-    )
+    return _THREADS(_MEMORY_BUDGET(command))
 
 
-def output_options() -> Decorator[_P, _R]:
+def output_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
     """`--json`, `--quiet`."""
-    return _all(
-        click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output."),
-        click.option("--quiet", "-q", is_flag=True, help="Print errors only."),
-    )
+    return _JSON(_QUIET(command))
 
 
 def run_options(threads: int, memory_budget: int, tell: Progress | None) -> RunOptions:
     """The keywords that every pass takes."""
-    options: RunOptions = {"threads": threads, "memory_budget": memory_budget}
-    if tell is not None:
-        options["progress"] = tell
-    return options
+    return {"threads": threads, "memory_budget": memory_budget, "progress": tell}
 
 
 @contextmanager
@@ -168,7 +161,13 @@ def progress(label: str, *, quiet: bool) -> Iterator[Progress | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
 
-def emit(value: Callable[[], Mapping[str, object]], show: Callable[[], None], *, as_json: bool, quiet: bool) -> None:
+def emit(
+    value: Callable[[], Mapping[str, object]],
+    show: Callable[[], None],
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """The result: JSON, or what ``show`` prints, or nothing."""
     if as_json:
         json.dump(value(), sys.stdout, indent=2, allow_nan=False)

@@ -1,4 +1,5 @@
-"""`reasonvec demo`: the whole story on a small family of checkpoints, with the commands that tell it."""
+"""`reasonvec demo`: the whole story on a small family of checkpoints, with the commands that tell
+it."""
 
 from __future__ import annotations
 
@@ -26,10 +27,15 @@ def run(folder: Path) -> None:
     console = Console(highlight=False)
 
     def step(command: str, meaning: str) -> None:
-        console.print(f"\n[bold cyan]$ reasonvec {escape(command)}[/]\n[dim]{escape(meaning)}[/]", soft_wrap=True)
+        console.print(
+            f"\n[bold cyan]$ reasonvec {escape(command)}[/]\n[dim]{escape(meaning)}[/]",
+            soft_wrap=True,
+        )
 
     _clear(folder)
-    console.print(f"Four small Qwen2-shaped checkpoints are being made in [bold]{escape(str(folder))}[/] ...")
+    console.print(
+        f"Four small Qwen2-shaped checkpoints are being made in [bold]{escape(str(folder))}[/] ..."
+    )
     family = make_family(folder)
     names = {"base": family.base, "sft": family.sft, "rl": family.rl, "instruct": family.instruct}
     meaning = {
@@ -55,14 +61,18 @@ def run(folder: Path) -> None:
     page.write_text(inspection_page(report), encoding="utf-8")
     show_inspection(report, page)
 
-    step("apply reason --to instruct -o reasoning --alpha 0.8", "The vector into another model of the family.")
+    step(
+        "apply reason --to instruct -o reasoning --alpha 0.8",
+        "The vector into another model of the family.",
+    )
     show_apply((target + 0.8 * reason).save(folder / "reasoning"))
 
     step("verify reasoning", "The record says what every byte should be.")
     show_verify(verify(folder / "reasoning"))
     console.print(
-        f"\nThe new model is in [bold]{escape(str(folder / 'reasoning'))}[/]; transformers loads it as it is. "
-        f"reasonvec.json beside it says how it came to be, and {escape(str(page))} shows the vector."
+        f"\nThe new model is in [bold]{escape(str(folder / 'reasoning'))}[/]; transformers loads it "
+        f"as it is. reasonvec.json beside it says how it came to be, and "
+        f"{escape(str(page))} shows the vector."
     )
 
 

@@ -68,10 +68,17 @@ def show_check(report: CheckReport) -> None:
         def cells(name: str, d: Distances) -> list[str]:
             row = [name, _number(d.vector_share, ".2e"), _share(d.moved_share)]
             if with_target:
-                row += [_number(d.target_share, ".2e"), _number(d.cosine), _number(d.vector_over_target, ".3g")]
+                row += [
+                    _number(d.target_share, ".2e"),
+                    _number(d.cosine),
+                    _number(d.vector_over_target, ".3g"),
+                ]
             return row
 
-        _table(columns, [*(cells(k, d) for k, d in report.by_kind.items()), cells("total", report.total)])
+        _table(
+            columns,
+            [*(cells(k, d) for k, d in report.by_kind.items()), cells("total", report.total)],
+        )
     if report.same_neurons is not None:
         _say(f"MLP neurons in the same place: {_share(report.same_neurons)} of a sample")
     colour = {"compatible": "green", "doubtful": "yellow", "incompatible": "red"}[report.verdict]
@@ -88,19 +95,41 @@ def show_extract(report: ExtractReport) -> None:
     _problems(report.warnings)
     rows = []
     for kind, part in report.by_kind().items():
-        n, moved, stored = (sum(getattr(r, key) for r in part) for key in ("elements", "moved", "bytes"))
+        n, moved = sum(r.elements for r in part), sum(r.moved for r in part)
+        stored = sum(r.bytes for r in part)
         norm = sum(r.norm**2 for r in part) ** 0.5
-        rows.append([kind, count(len(part)), short_count(n), _percent(moved, n), magnitude(norm), size(stored)])
+        rows.append(
+            [
+                kind,
+                count(len(part)),
+                short_count(n),
+                _percent(moved, n),
+                magnitude(norm),
+                size(stored),
+            ]
+        )
     n = report.elements
     share = _percent(report.moved, n)
-    rows.append(["total", count(len(report.rows)), short_count(n), share, magnitude(report.norm), size(report.bytes)])
+    rows.append(
+        [
+            "total",
+            count(len(report.rows)),
+            short_count(n),
+            share,
+            magnitude(report.norm),
+            size(report.bytes),
+        ]
+    )
     _table(["module", "tensors", "parameters", "moved", "norm", "stored"], rows)
     _say(f"{report.bytes / n if n else 0:.3f} bytes a parameter")
     if report.exact is True:
         _say("[green]exact[/]: negative + vector == positive, bit for bit")
     elif report.exact is False:
         inexact = sum(row.inexact for row in report.rows)
-        _say(f"[red]not exact[/]: {count(inexact)} elements of F64 tensors are not given back bit for bit")
+        _say(
+            f"[red]not exact[/]: {count(inexact)} elements of F64 tensors are not given back bit "
+            "for bit"
+        )
     _say(f"written to {escape(str(report.path))}")
 
 
@@ -118,7 +147,10 @@ def show_apply(report: ApplyReport) -> None:
         _table(["realised change", "updated", "lost to rounding", "cosine", "norm ratio"], rows)
         lost = report.rounding.lost_share
         if lost is not None and lost > 0.25:
-            _say("[yellow]many updates were too small for the output's dtype[/]: --out-dtype float32 keeps them")
+            _say(
+                "[yellow]many updates were too small for the output's dtype[/]: --out-dtype "
+                "float32 keeps them"
+            )
     changed = sum(1 for t in report.tensors if t.rounding is not None and t.rounding.updated)
     _say(f"{count(changed)} tensors updated, {count(len(report.tensors) - changed)} as they were")
     _say(f"written to {escape(str(report.path))}")
@@ -141,14 +173,24 @@ def show_plan(plan: ApplyPlan) -> None:
 
 def show_undo(report: UndoReport) -> None:
     origin = "copied from its source" if report.origin == "source" else "rebuilt from the residual"
-    _say(f"{count(report.tensors)} tensors {origin}, digests as recorded; written to {escape(str(report.path))}")
+    _say(
+        f"{count(report.tensors)} tensors {origin}, digests as recorded; written to "
+        f"{escape(str(report.path))}"
+    )
 
 
 def show_inspection(report: Inspection, html: Path | None) -> None:
     moved = "moved" if report.what == "vector" else "non-zero"
 
     def cells(name: str, g: GroupMeasure) -> list[str]:
-        return [name, short_count(g.elements), _share(g.moved_share), magnitude(g.norm), magnitude(g.rms), magnitude(g.max)]
+        return [
+            name,
+            short_count(g.elements),
+            _share(g.moved_share),
+            magnitude(g.norm),
+            magnitude(g.rms),
+            magnitude(g.max),
+        ]
 
     columns = ["", "parameters", moved, "norm", "rms", "largest"]
     kinds = [cells(kind, group) for kind, group in report.by_kind().items()]
@@ -156,10 +198,18 @@ def show_inspection(report: Inspection, html: Path | None) -> None:
     layers = {layer: group for layer, group in report.by_layer().items() if layer is not None}
     if layers:
         _say("")
-        _table(["layer", *columns[1:]], [cells(str(layer), group) for layer, group in layers.items()])
+        _table(
+            ["layer", *columns[1:]], [cells(str(layer), group) for layer, group in layers.items()]
+        )
     _say("")
     largest = [
-        [t.name, magnitude(t.norm), _share(t.moved_share), magnitude(t.max), "-" if t.max_at is None else count(t.max_at)]
+        [
+            t.name,
+            magnitude(t.norm),
+            _share(t.moved_share),
+            magnitude(t.max),
+            "-" if t.max_at is None else count(t.max_at),
+        ]
         for t in report.largest(10)
     ]
     _table(["largest tensors", "norm", moved, "largest", "at"], largest)
@@ -171,7 +221,14 @@ def show_comparison(report: Comparison) -> None:
     def cells(name: str, pair: Pair) -> list[str]:
         signs = "-" if pair.sign_agreement is None else _share(pair.sign_agreement)
         overlap = "-" if pair.overlap is None else _share(pair.overlap)
-        return [name, _number(pair.cosine), signs, overlap, magnitude(pair.first_norm), magnitude(pair.second_norm)]
+        return [
+            name,
+            _number(pair.cosine),
+            signs,
+            overlap,
+            magnitude(pair.first_norm),
+            magnitude(pair.second_norm),
+        ]
 
     columns = ["cosine", "same sign", "overlap", "norm 1", "norm 2"]
     kinds = [cells(kind, pair) for kind, pair in report.by_kind().items()]
@@ -187,7 +244,10 @@ def show_verify(report: VerifyReport) -> None:
         _say(f"[red]damaged[/]: {escape(line)}")
     if report.ok:
         files = f" and {count(report.files)} files" if report.files else ""
-        _say(f"[green]whole[/]: {count(report.tensors)} tensors{files} have their {report.algorithm} digests")
+        _say(
+            f"[green]whole[/]: {count(report.tensors)} tensors{files} have their "
+            f"{report.algorithm} digests"
+        )
 
 
 def show_diff(report: DiffReport) -> None:
@@ -196,7 +256,14 @@ def show_diff(report: DiffReport) -> None:
         if t.why is not None:
             rows.append([t.name, "-", "-", t.why])
         elif t.differing:
-            rows.append([t.name, count(t.differing), _percent(t.differing, t.elements), f"first at {t.first}"])
+            rows.append(
+                [
+                    t.name,
+                    count(t.differing),
+                    _percent(t.differing, t.elements),
+                    f"first at {t.first}",
+                ]
+            )
     if rows:
         _table(["tensor", "differing", "share", ""], rows)
     share = _percent(report.differing, report.elements)

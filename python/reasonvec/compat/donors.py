@@ -1,4 +1,5 @@
-"""May these two donors be subtracted? From headers and small JSON files alone, every problem at once."""
+"""May these two donors be subtracted? From headers and small JSON files alone, every problem at
+once."""
 
 from __future__ import annotations
 

@@ -1,0 +1,341 @@
+//! Writing a whole output: shards laid out in advance, tiles in any order, a journal of what is done, final names for what is whole.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Mutex, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+use crate::plan::{Operands, noises, scale_noise};
+use crate::simd::Level;
+use crate::simd::dispatch::{Rounding, with_element};
+use crate::store::TensorView;
+use crate::store::digest::BlockHash;
+use crate::store::journal::Journal;
+use crate::store::map::{FileMap, Pool};
+use crate::store::writer::{self, Writer};
+use crate::store::Algorithm;
+use crate::stream::{BLOCK, Control, Grid, Tile, pass};
+use crate::{Error, Result};
+
+use super::linear::{How, TileResult, combine_tile, copy_tile};
+use super::prepare::{ApplyPlan, Job, Prepared, prepare, share_budget};
+
+/// What became of a tensor.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Done {
+    /// Its name.
+    pub name: String,
+    /// Its file.
+    pub file: String,
+    /// Its digest.
+    pub digest: Option<String>,
+    /// Digests of what it was made of, as far as that was read element for element.
+    pub inputs: Vec<(usize, String, Option<String>)>,
+    /// The rounding report: intended, realised and dot as f64 bits (JSON has no infinities), then counts. `None` for a copy.
+    rounding: Option<[u64; 5]>,
+}
+
+impl Done {
+    /// The rounding report.
+    pub fn rounding(&self) -> Option<Rounding> {
+        self.rounding.map(|[intended, realised, dot, updated, lost]| Rounding {
+            intended: f64::from_bits(intended),
+            realised: f64::from_bits(realised),
+            dot: f64::from_bits(dot),
+            updated,
+            lost,
+        })
+    }
+}
+
+/// What the tiles of a tensor have said so far.
+struct Gathered {
+    left: usize,
+    out: Vec<BlockHash>,
+    inputs: Vec<Vec<BlockHash>>,
+    rounding: Vec<Rounding>,
+}
+
+struct ShardRun {
+    writer: Mutex<Option<std::sync::Arc<Writer>>>,
+    left: AtomicUsize,
+}
+
+/// Writes the shards of a plan. The journal stays: the caller removes it when everything else in the folder is whole.
+///
+/// # Errors
+/// [`Error::Mismatch`] before anything is written, if operands do not fit; then [`Error::Io`], [`Error::NonFinite`], [`Error::Cancelled`], and
+/// [`Error::Damage`] for a stored vector whose bytes have changed. No shard that is not whole bears its final name.
+pub fn apply(plan: &ApplyPlan, operands: Operands<'_>, control: &Control) -> Result<Vec<Done>> {
+    let mut prepared = prepare(plan, operands)?;
+    operands.verify_vectors(&plan.settings, control)?;
+    let noises = prepared.jobs.iter_mut().flat_map(|j| noises(&j.name, j.elements, j.double, &mut j.terms)).collect();
+    scale_noise(noises, plan.allow_nonfinite, &plan.settings, control)?;
+    let Prepared { jobs, headers, lengths } = prepared;
+    let budget = share_budget(&jobs, &plan.settings);
+    let fingerprint = fingerprint(plan, operands)?;
+
+    let (journal, done) = if plan.settings.resume && Journal::exists(&plan.out) {
+        let (journal, lines) = Journal::resume::<Done>(&plan.out, &fingerprint)?;
+        (journal, still_true(lines, plan, &jobs, control)?)
+    } else {
+        (Journal::create(&plan.out, &fingerprint)?, HashMap::new())
+    };
+
+    let todo: Vec<&Job> = jobs.iter().filter(|j| !done.contains_key(&j.name)).collect();
+    let mut shards = Vec::with_capacity(plan.shards.len());
+    for (i, shard) in plan.shards.iter().enumerate() {
+        let left = todo.iter().filter(|j| j.shard == i).count();
+        let path = plan.out.join(&shard.file);
+        let partial = writer::partial_of(&path).exists();
+        let finished = left == 0 && !shard.tensors.is_empty() && !partial && path.exists();
+        let writer = if finished {
+            None
+        } else {
+            if !partial && left < shard.tensors.len() {
+                // Some of its tensors are right and some are not (the disk lost lines of the journal, or bytes): what is right stays.
+                writer::take_back(&path)?;
+            }
+            let writer = Writer::create(&path, lengths[i])?;
+            writer.write_at(&headers[i], 0)?;
+            Some(std::sync::Arc::new(writer))
+        };
+        shards.push(ShardRun { writer: Mutex::new(writer), left: AtomicUsize::new(left) });
+    }
+
+    // Syncing a shard waits for the disk; the workers go on with the next one.
+    let (whole, to_finish) = std::sync::mpsc::channel();
+    let run = Run {
+        plan,
+        how: How { level: Level::current()?, digest: plan.digest, allow_nonfinite: plan.allow_nonfinite },
+        control,
+        gathered: todo.iter().map(|_| Mutex::new(None)).collect(),
+        jobs: &todo,
+        whole,
+        grid: Grid::new(todo.iter().map(|j| j.elements).collect(), budget.blocks_per_tile),
+        shards: &shards,
+        journal: Mutex::new(journal),
+        done: Mutex::new(done),
+    };
+    control.expect(todo.iter().map(|j| j.bytes_read() + j.bytes_written()).sum());
+    for (shard, state) in shards.iter().enumerate() {
+        // Shards whose tensors were all done when the last run stopped, or that have none.
+        if state.left.load(Ordering::Relaxed) == 0 {
+            hand_over(&run.whole, shard);
+        }
+    }
+    let done = std::thread::scope(|scope| {
+        let shards = &shards;
+        let finisher = scope.spawn(move || {
+            let finished = to_finish.iter().take(shards.len()).try_for_each(|shard| shards[shard].finish(plan.settings.sync));
+            if finished.is_err() {
+                control.cancel();
+            }
+            finished
+        });
+        let passed = pass::run(
+            &run.grid,
+            budget.threads,
+            control,
+            Scratch::default,
+            |tile| run.prefetch(tile),
+            |scratch, _, tile| run.tile(scratch, tile),
+        );
+        let Run { done, whole, .. } = run;
+        // Ends the finisher when shards are missing.
+        drop(whole);
+        let finished = finisher.join().unwrap_or(Err(Error::Cancelled));
+        match (finished, passed) {
+            (Err(e), _) | (Ok(()), Err(e)) => Err(e),
+            (Ok(()), Ok(())) => Ok(done),
+        }
+    })?;
+
+    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    jobs.iter()
+        .map(|j| done.remove(&j.name).ok_or_else(|| Error::mismatch(&j.name, "was not written; please report this")))
+        .collect()
+}
+
+/// What must be equal for a run to be continued: the plan less its settings, and the identity of every input file.
+fn fingerprint(plan: &ApplyPlan, operands: Operands<'_>) -> Result<String> {
+    let mut files = Vec::new();
+    for operand in operands.0 {
+        let checkpoint = match operand {
+            crate::plan::Operand::Checkpoint(c) => Some(c.as_ref()),
+            crate::plan::Operand::Vector(v) => v.data.as_ref(),
+        };
+        for shard in checkpoint.map_or(&[][..], |c| c.shards()) {
+            let path = shard.map.path();
+            let meta = std::fs::metadata(path).map_err(|e| Error::io(path, "inspect", e))?;
+            let modified = meta.modified().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
+            files.push((path.to_path_buf(), meta.len(), modified.map(|d| d.as_nanos().to_string())));
+        }
+    }
+    let text = serde_json::to_vec(&(&plan.digest, plan.allow_nonfinite, &plan.shards, files))
+        .map_err(|e| Error::Usage(e.to_string()))?;
+    let hash = Algorithm::Xxh3.digest_bytes(&text, 1);
+    Ok(hash.unwrap_or_default())
+}
+
+/// The journal's lines whose bytes are still what they were: a crash of the machine can lose what a finished write had written.
+fn still_true(lines: Vec<Done>, plan: &ApplyPlan, jobs: &[Job], control: &Control) -> Result<HashMap<String, Done>> {
+    let by_name: HashMap<&str, &Job> = jobs.iter().map(|j| (j.name.as_str(), j)).collect();
+    let mut maps: HashMap<String, Option<std::sync::Arc<FileMap>>> = HashMap::new();
+    let mut views = Vec::new();
+    for line in lines {
+        let Some(job) = by_name.get(line.name.as_str()) else { continue };
+        let map = maps.entry(line.file.clone()).or_insert_with(|| {
+            let path = plan.out.join(&line.file);
+            let partial = writer::partial_of(&path);
+            [partial, path].iter().find_map(|p| FileMap::open(p).ok()).map(std::sync::Arc::new)
+        });
+        if let Some(map) = map {
+            if job.offset + job.bytes_written() <= map.len() && line.digest.is_some() {
+                views.push((TensorView::at(map, &job.name, job.dtype, job.offset, job.elements), line));
+            }
+        }
+    }
+    let tensors: Vec<&TensorView> = views.iter().map(|(v, _)| v).collect();
+    let digests = crate::inspect::digests(&tensors, plan.digest, &plan.settings, control)?;
+    Ok(views.into_iter().zip(digests).filter(|((_, l), d)| l.digest == *d).map(|((_, l), _)| (l.name.clone(), l)).collect())
+}
+
+#[derive(Default)]
+struct Scratch {
+    pool: Pool,
+    out: Vec<u8>,
+    single: Vec<f32>,
+    double: Vec<f64>,
+    corrections: Vec<(u32, f64)>,
+}
+
+struct Run<'a> {
+    plan: &'a ApplyPlan,
+    how: How,
+    control: &'a Control,
+    jobs: &'a [&'a Job],
+    gathered: Vec<Mutex<Option<Gathered>>>,
+    whole: Sender<usize>,
+    grid: Grid,
+    shards: &'a [ShardRun],
+    journal: Mutex<Journal>,
+    done: Mutex<HashMap<String, Done>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Run<'_> {
+    fn prefetch(&self, tile: &Tile) {
+        let job = self.jobs[tile.tensor];
+        if let Some((_, target)) = &job.target {
+            target.prefetch(tile.elements.clone());
+        }
+        for term in &job.terms {
+            term.prefetch(tile.elements.clone());
+        }
+    }
+
+    fn tile(&self, scratch: &mut Scratch, tile: &Tile) -> Result<()> {
+        let job = self.jobs[tile.tensor];
+        let writer = lock(&self.shards[job.shard].writer).clone();
+        let writer = writer.ok_or_else(|| Error::mismatch(&job.name, "its shard was closed too early; please report this"))?;
+        let Scratch { pool, out, single, double, corrections } = scratch;
+        let result = if job.is_copy() {
+            copy_tile(&self.how, job, tile, &writer, pool)?
+        } else {
+            out.resize((tile.elements.end - tile.elements.start) as usize * job.dtype.size(), 0);
+            let result = with_element!(job.dtype, O => if job.double {
+                combine_tile::<O, f64>(&self.how, job, tile, pool, out, double, corrections)?
+            } else {
+                combine_tile::<O, f32>(&self.how, job, tile, pool, out, single, corrections)?
+            });
+            writer.write_at(out, job.offset + tile.elements.start * job.dtype.size() as u64)?;
+            result
+        };
+        let share = |bytes: u64| {
+            if job.elements == 0 { 0 } else { (bytes as u128 * (tile.elements.end - tile.elements.start) as u128 / job.elements as u128) as u64 }
+        };
+        self.control.advance(share(job.bytes_read()) + share(job.bytes_written()));
+        drop(writer);
+        self.gather(tile.tensor, result)
+    }
+
+    /// Takes in what a tile has to say; the last tile of a tensor writes the journal, the last tensor of a shard finishes the file.
+    fn gather(&self, tensor: usize, tile: TileResult) -> Result<()> {
+        let job = self.jobs[tensor];
+        let blocks = job.elements.div_ceil(BLOCK) as usize;
+        let finished = {
+            let mut slot = lock(&self.gathered[tensor]);
+            let all = slot.get_or_insert_with(|| Gathered {
+                left: self.grid.tiles_of(tensor),
+                out: vec![[0; 32]; blocks],
+                inputs: vec![vec![[0; 32]; blocks]; job.inputs.len()],
+                rounding: vec![Rounding::default(); blocks],
+            });
+            let put = |into: &mut Vec<BlockHash>, from: &[BlockHash]| {
+                if !from.is_empty() {
+                    into[tile.first_block..tile.first_block + from.len()].copy_from_slice(from);
+                }
+            };
+            put(&mut all.out, &tile.out);
+            for (into, from) in all.inputs.iter_mut().zip(&tile.inputs) {
+                put(into, from);
+            }
+            for (into, from) in all.rounding[tile.first_block.min(blocks)..].iter_mut().zip(&tile.rounding) {
+                *into = *from;
+            }
+            all.left -= 1;
+            if all.left == 0 { slot.take() } else { None }
+        };
+        let Some(all) = finished else { return Ok(()) };
+        let digest = |blocks: &[BlockHash]| self.plan.digest.digest(blocks);
+        let copy = job.is_copy();
+        let rounding = (!copy).then(|| {
+            let sum = all.rounding.iter().fold(Rounding::default(), |mut sum, r| {
+                sum.join(r);
+                sum
+            });
+            [sum.intended.to_bits(), sum.realised.to_bits(), sum.dot.to_bits(), sum.updated, sum.lost]
+        });
+        let done = Done {
+            name: job.name.clone(),
+            file: self.plan.shards[job.shard].file.clone(),
+            digest: digest(&all.out),
+            inputs: job.inputs.iter().zip(&all.inputs).map(|((r, _), h)| (r.operand, r.name.clone(), digest(h))).collect(),
+            rounding,
+        };
+        lock(&self.journal).add(&done)?;
+        lock(&self.done).insert(done.name.clone(), done);
+        if self.shards[job.shard].left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            hand_over(&self.whole, job.shard);
+        }
+        Ok(())
+    }
+}
+
+/// Tells the finisher that every tensor of a shard is written.
+fn hand_over(whole: &Sender<usize>, shard: usize) {
+    // The finisher is gone only after an error of its own, which the run ends with.
+    let _ = whole.send(shard);
+}
+
+impl ShardRun {
+    /// Syncs the file and gives it its final name. A worker may still hold the writer for an instant after its last tile; it writes no more.
+    fn finish(&self, sync: bool) -> Result<()> {
+        let Some(mut shared) = lock(&self.writer).take() else { return Ok(()) };
+        loop {
+            match std::sync::Arc::try_unwrap(shared) {
+                Ok(writer) => return writer.finish(sync),
+                Err(again) => {
+                    shared = again;
+                    std::thread::yield_now();
+                }
+            }
+        }
+    }
+}
