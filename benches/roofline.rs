@@ -108,10 +108,7 @@ impl Checkpoint {
     fn tensor(&self, name: &str) -> Result<Piece<'_>> {
         let (shard, bytes) = self.tensors.get(name).ok_or(format!("no tensor {name}"))?;
         let map = &self.shards[*shard].map;
-        Ok(Piece {
-            map,
-            bytes: bytes.clone(),
-        })
+        Ok(Piece { map, bytes: bytes.clone() })
     }
 }
 
@@ -126,18 +123,12 @@ impl<'a> Piece<'a> {
     fn windows(self) -> impl Iterator<Item = Piece<'a>> {
         let Range { start, end } = self.bytes;
         let windows = (start..end).step_by(WINDOW);
-        windows.map(move |at| Piece {
-            bytes: at..end.min(at + WINDOW),
-            ..self
-        })
+        windows.map(move |at| Piece { bytes: at..end.min(at + WINDOW), ..self })
     }
 
     fn first(&self, length: usize) -> Self {
         let start = self.bytes.start;
-        Self {
-            bytes: start..start + length,
-            ..*self
-        }
+        Self { bytes: start..start + length, ..*self }
     }
 
     fn slice(&self) -> &[u8] {
@@ -145,10 +136,7 @@ impl<'a> Piece<'a> {
     }
 
     fn touch(&self) -> u64 {
-        let words = self
-            .slice()
-            .chunks(CACHE_LINE)
-            .filter_map(<[u8]>::first_chunk);
+        let words = self.slice().chunks(CACHE_LINE).filter_map(<[u8]>::first_chunk);
         words.fold(0, |sum, word| sum.wrapping_add(u64::from_le_bytes(*word)))
     }
 }
@@ -181,12 +169,7 @@ impl<'a> Plan<'a> {
             let donors = p.tensor(tensor)?.windows().zip(n.tensor(tensor)?.windows());
             for (copied, (p, n)) in t.tensor(tensor)?.windows().zip(donors) {
                 let at = copied.bytes.start as u64;
-                windows.push(Window {
-                    touched: [p, n],
-                    copied,
-                    file,
-                    at,
-                });
+                windows.push(Window { touched: [p, n], copied, file, at });
             }
         }
         let output = |Shard { name, map, header }: &'a Shard| Output {
@@ -194,10 +177,7 @@ impl<'a> Plan<'a> {
             header: &map[..*header],
             length: map.len() as u64,
         };
-        Ok(Self {
-            outputs: t.shards.iter().map(output).collect(),
-            windows,
-        })
+        Ok(Self { outputs: t.shards.iter().map(output).collect(), windows })
     }
 
     /// Reads both donors and writes `bytes` bytes, spread evenly over the reading.
@@ -213,23 +193,11 @@ impl<'a> Plan<'a> {
                 let at = written_after(read);
                 read += p.bytes.len();
                 let copied = p.first((written_after(read) - at) as usize);
-                windows.push(Window {
-                    touched: [p, n],
-                    copied,
-                    file: 0,
-                    at: at as u64,
-                });
+                windows.push(Window { touched: [p, n], copied, file: 0, at: at as u64 });
             }
         }
         let name = "vector_model.safetensors".into();
-        Ok(Self {
-            outputs: vec![Output {
-                name,
-                header: &[],
-                length: bytes,
-            }],
-            windows,
-        })
+        Ok(Self { outputs: vec![Output { name, header: &[], length: bytes }], windows })
     }
 
     fn run(&self, out: &Path, threads: usize, sync: bool) -> Result<()> {
@@ -244,12 +212,8 @@ impl<'a> Plan<'a> {
         }
         let next = AtomicUsize::new(0);
         thread::scope(|scope| {
-            let workers: Vec<_> = (0..threads)
-                .map(|_| scope.spawn(|| self.work(&next, &files)))
-                .collect();
-            workers
-                .into_iter()
-                .try_for_each(|worker| worker.join().map_err(|_| "a worker panicked")?)
+            let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| self.work(&next, &files))).collect();
+            workers.into_iter().try_for_each(|worker| worker.join().map_err(|_| "a worker panicked")?)
         })?;
         for (output, file) in self.outputs.iter().zip(files) {
             if sync {
@@ -289,9 +253,7 @@ mod os {
     use std::os::unix::fs::FileExt;
 
     pub(super) fn populate(piece: &Piece) -> io::Result<()> {
-        piece
-            .map
-            .advise_range(Advice::PopulateRead, piece.bytes.start, piece.bytes.len())
+        piece.map.advise_range(Advice::PopulateRead, piece.bytes.start, piece.bytes.len())
     }
 
     pub(super) fn release(piece: &Piece) -> io::Result<()> {

@@ -347,9 +347,7 @@ impl Element for f64 {
     }
     #[inline(always)]
     fn load(bytes: &[u8]) -> Self {
-        Self::from_le_bytes([
-            bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7],
-        ])
+        Self::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]])
     }
     #[inline(always)]
     fn store(self, bytes: &mut [u8]) {
@@ -400,7 +398,9 @@ mod tests {
     }
 
     fn limits_are_the_first_that_overflow<E: Element>() {
-        for (limit, finite) in [(f64::from(f32::from_bits(E::LIMIT32)), false), (f64::from(f32::from_bits(E::LIMIT32 - 1)), true)] {
+        for (limit, finite) in
+            [(f64::from(f32::from_bits(E::LIMIT32)), false), (f64::from(f32::from_bits(E::LIMIT32 - 1)), true)]
+        {
             assert_eq!(E::narrow32(limit as f32).finite(), finite);
         }
         assert!(!E::narrow64(f64::from_bits(E::LIMIT64)).finite());

@@ -103,7 +103,8 @@ pub fn measure(plan: &MeasurePlan, operands: Operands<'_>, control: &Control) ->
     for t in &plan.tensors {
         let mut quantities = Vec::with_capacity(t.quantities.len());
         for q in &t.quantities {
-            let mut terms: Vec<Term> = q.iter().map(|term| operands.term(term, &t.name, t.elements)).collect::<Result<_>>()?;
+            let mut terms: Vec<Term> =
+                q.iter().map(|term| operands.term(term, &t.name, t.elements)).collect::<Result<_>>()?;
             terms.retain(|t| !t.sources().iter().all(|s| s.is_zero()));
             quantities.push(terms);
         }
@@ -112,14 +113,21 @@ pub fn measure(plan: &MeasurePlan, operands: Operands<'_>, control: &Control) ->
         let work = if double { 8 } else { 4 };
         let held = terms().map(|t| t.memory().0).sum::<u64>() + work * quantities.len() as u64;
         per_block = per_block.max(held * BLOCK + terms().map(|t| t.memory().1).sum::<u64>());
-        bytes += terms().flat_map(Term::sources).map(|s| s.stored_bytes() + s.tensors().iter().map(|t| t.entry.end - t.entry.begin).sum::<u64>()).sum::<u64>();
+        bytes += terms()
+            .flat_map(Term::sources)
+            .map(|s| s.stored_bytes() + s.tensors().iter().map(|t| t.entry.end - t.entry.begin).sum::<u64>())
+            .sum::<u64>();
         jobs.push(Job { quantities, double });
     }
     let named = jobs.iter_mut().zip(&plan.tensors);
-    let noises = named.flat_map(|(j, t)| noises(&t.name, t.elements, j.double, j.quantities.iter_mut().flatten())).collect();
+    let noises =
+        named.flat_map(|(j, t)| noises(&t.name, t.elements, j.double, j.quantities.iter_mut().flatten())).collect();
     scale_noise(noises, plan.allow_nonfinite, &plan.settings, control)?;
     // Where nothing is stored nothing is looked at: a vector can say of a zero that it is as long as it likes.
-    let lengths = jobs.iter().zip(&plan.tensors).map(|(j, t)| if j.quantities.iter().all(Vec::is_empty) { 0 } else { t.elements });
+    let lengths = jobs
+        .iter()
+        .zip(&plan.tensors)
+        .map(|(j, t)| if j.quantities.iter().all(Vec::is_empty) { 0 } else { t.elements });
     let lengths: Vec<u64> = lengths.collect();
     let total = lengths.iter().sum::<u64>().max(1);
     let grid = Grid::new(lengths, 1);
@@ -202,8 +210,8 @@ fn measure_block<W: Work>(
             if max > sum_max::<W>(&sum, i) {
                 here.max_at[i] = x.iter().position(|v| v.abs() == max).map(|p| range.start + (start + p) as u64);
             }
-            for j in i..k {
-                let y = &buffers[j][start..end];
+            for (j, y) in buffers.iter().enumerate().take(k).skip(i) {
+                let y = &y[start..end];
                 let dot = if i == j { squares } else { dispatch::dot(level, x, y) };
                 here.gram[i * k + j] = dot;
                 here.gram[j * k + i] = dot;
@@ -270,7 +278,12 @@ pub fn values(
 ///
 /// # Errors
 /// [`Error::Io`], [`Error::Cancelled`].
-pub fn digests(tensors: &[&TensorView], algorithm: Algorithm, settings: &Settings, control: &Control) -> Result<Vec<Option<String>>> {
+pub fn digests(
+    tensors: &[&TensorView],
+    algorithm: Algorithm,
+    settings: &Settings,
+    control: &Control,
+) -> Result<Vec<Option<String>>> {
     let read = tensors.iter().any(|t| t.map().windows_are_read());
     let per_block = if read { BLOCK * 8 } else { 1 };
     let budget = Budget::share(settings.memory_budget, settings.threads(), 0, per_block);
@@ -311,12 +324,15 @@ pub fn verify_vector(vector: &VectorFolder, settings: &Settings, control: &Contr
     let found = digests(&views.iter().collect::<Vec<_>>(), vector.algorithm, settings, control)?;
     for ((part, view), found) in parts.iter().zip(&views).zip(found) {
         if part.digest != found {
-            return Err(Error::damage(view.map().path(), format!(
-                "{:?} has the digest {}, its manifest says {}; the file was damaged after it was written: extract the vector again or restore it",
-                part.entry,
-                found.unwrap_or_default(),
-                part.digest.clone().unwrap_or_default()
-            )));
+            return Err(Error::damage(
+                view.map().path(),
+                format!(
+                    "{:?} has the digest {}, its manifest says {}; the file was damaged after it was written: extract the vector again or restore it",
+                    part.entry,
+                    found.unwrap_or_default(),
+                    part.digest.clone().unwrap_or_default()
+                ),
+            ));
         }
     }
     Ok(())
@@ -337,15 +353,29 @@ pub struct Difference {
 ///
 /// # Errors
 /// [`Error::Mismatch`] if a pair differs in format or shape; [`Error::Io`], [`Error::Cancelled`].
-pub fn diff(a: &Checkpoint, b: &Checkpoint, names: &[String], settings: &Settings, control: &Control) -> Result<Vec<Difference>> {
+pub fn diff(
+    a: &Checkpoint,
+    b: &Checkpoint,
+    names: &[String],
+    settings: &Settings,
+    control: &Control,
+) -> Result<Vec<Difference>> {
     let mut pairs = Vec::with_capacity(names.len());
     for name in names {
         let (x, y) = (a.tensor(name)?, b.tensor(name)?);
         if x.dtype() != y.dtype() || x.entry.shape != y.entry.shape {
-            return Err(Error::mismatch(name, format!(
-                "{} {:?} in {}, {} {:?} in {}",
-                x.dtype(), x.entry.shape, a.path().display(), y.dtype(), y.entry.shape, b.path().display()
-            )));
+            return Err(Error::mismatch(
+                name,
+                format!(
+                    "{} {:?} in {}, {} {:?} in {}",
+                    x.dtype(),
+                    x.entry.shape,
+                    a.path().display(),
+                    y.dtype(),
+                    y.entry.shape,
+                    b.path().display()
+                ),
+            ));
         }
         pairs.push((x, y));
     }

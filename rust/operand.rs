@@ -12,8 +12,8 @@ use crate::dtype::Dtype;
 use crate::philox::{Philox, splitmix64};
 use crate::simd::dispatch::{self, with_element};
 use crate::simd::{Level, kernel};
-use crate::store::map::{Pool, Window};
 use crate::store::TensorView;
+use crate::store::map::{Pool, Window};
 use crate::stream::BLOCK;
 use crate::vector::stored::{Stored, StoredReader};
 use crate::{Error, Result};
@@ -70,7 +70,10 @@ impl Placement {
 }
 
 /// The segments that bring something to some elements, what of their sources they take, and where that stands.
-fn segments_of<'s>(segments: &'s [Segment], elements: &Range<u64>) -> impl Iterator<Item = (&'s Segment, Range<u64>, u64)> + use<'s> {
+fn segments_of<'s>(
+    segments: &'s [Segment],
+    elements: &Range<u64>,
+) -> impl Iterator<Item = (&'s Segment, Range<u64>, u64)> + use<'s> {
     let Range { start, end } = *elements;
     let first = segments.partition_point(|s| s.at + s.length <= start);
     segments[first..].iter().take_while(move |s| s.at < end).map(move |s| {
@@ -424,7 +427,13 @@ fn add_segments<W: Work>(
 }
 
 /// The corrections that segments bring into a block.
-fn segment_corrections(segments: &[Segment], pool: &Pool, block: u64, coefficient: f64, into: &mut Vec<(u32, f64)>) -> Result<()> {
+fn segment_corrections(
+    segments: &[Segment],
+    pool: &Pool,
+    block: u64,
+    coefficient: f64,
+    into: &mut Vec<(u32, f64)>,
+) -> Result<()> {
     let elements = block * BLOCK..(block + 1) * BLOCK;
     let mut found = Vec::new();
     for (segment, taken, place) in segments_of(segments, &elements) {
@@ -487,7 +496,7 @@ fn read_placement<W: Work>(
 
 impl<W: Work> Shuffle<'_, W> {
     fn add(&mut self, level: Level, acc: &mut [W], elements: Range<u64>, c: W, first: bool) -> Result<()> {
-        if elements.start % BLOCK != 0 || acc.len() as u64 > BLOCK {
+        if !elements.start.is_multiple_of(BLOCK) || acc.len() as u64 > BLOCK {
             return Err(Error::Usage("a shuffled vector is read a block at a time".into()));
         }
         let destination = elements.start / BLOCK;
@@ -529,7 +538,8 @@ impl Substitute {
     }
 }
 
-const ADVICE: &str = "fix the checkpoint, leave the tensor out with --exclude, or pass --allow-nonfinite if it is meant";
+const ADVICE: &str =
+    "fix the checkpoint, leave the tensor out with --exclude, or pass --allow-nonfinite if it is meant";
 
 /// The first NaN or infinity among some elements of tensors and terms, as the error that names it.
 ///
@@ -550,7 +560,8 @@ pub fn first_nonfinite<W: Work>(
     for term in terms {
         // What a shuffle puts here comes from anywhere; else from the start of the block, because sparse tensors are read so.
         let shuffled = matches!(term.substitute, Some(Substitute::Shuffle { .. }));
-        let (start, end) = if shuffled { (0, term.placement.end()) } else { (elements.start / BLOCK * BLOCK, elements.end) };
+        let (start, end) =
+            if shuffled { (0, term.placement.end()) } else { (elements.start / BLOCK * BLOCK, elements.end) };
         let mut at = start;
         while at < end && first.as_ref().is_none_or(|&(index, _)| at <= index) {
             let block = at..(at + BLOCK).min(end);
@@ -585,7 +596,13 @@ fn nonfinite(path: PathBuf, tensor: &str, index: u64, value: f64) -> Error {
 }
 
 /// Looks for a NaN or infinity among some elements, which stand at `place` in the output.
-fn look_at_tensor(view: &TensorView, range: Range<u64>, place: u64, pool: &Pool, first: &mut Option<(u64, Error)>) -> Result<()> {
+fn look_at_tensor(
+    view: &TensorView,
+    range: Range<u64>,
+    place: u64,
+    pool: &Pool,
+    first: &mut Option<(u64, Error)>,
+) -> Result<()> {
     let bytes = view.window(range.clone(), pool)?;
     with_element!(view.dtype(), E => {
         if let Some((i, e)) = bytes.chunks_exact(E::SIZE).map(E::load).enumerate().find(|(_, e)| !e.finite()) {

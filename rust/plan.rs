@@ -131,7 +131,9 @@ pub struct Operands<'a>(pub &'a [Operand]);
 
 impl Operands<'_> {
     fn operand(&self, r: &Ref) -> Result<&Operand> {
-        self.0.get(r.operand).ok_or_else(|| Error::mismatch(&r.name, format!("the plan names operand {}, there are {}", r.operand, self.0.len())))
+        self.0.get(r.operand).ok_or_else(|| {
+            Error::mismatch(&r.name, format!("the plan names operand {}, there are {}", r.operand, self.0.len()))
+        })
     }
 
     /// A tensor of a checkpoint.
@@ -141,7 +143,10 @@ impl Operands<'_> {
     pub fn tensor(&self, r: &Ref) -> Result<TensorView> {
         match self.operand(r)? {
             Operand::Checkpoint(c) => c.tensor(&r.name),
-            Operand::Vector(v) => Err(Error::mismatch(&r.name, format!("{} is a vector, a checkpoint is needed here", v.path().display()))),
+            Operand::Vector(v) => Err(Error::mismatch(
+                &r.name,
+                format!("{} is a vector, a checkpoint is needed here", v.path().display()),
+            )),
         }
     }
 
@@ -155,17 +160,26 @@ impl Operands<'_> {
             SourcePlan::Difference([p, n]) => {
                 let (p, n) = (float(self.tensor(p)?)?, float(self.tensor(n)?)?);
                 if p.entry.shape != n.entry.shape {
-                    return Err(Error::mismatch(&p.entry.name, format!(
-                        "the donors' shapes differ: {:?} in {}, {:?} in {}",
-                        p.entry.shape, p.map().path().display(), n.entry.shape, n.map().path().display()
-                    )));
+                    return Err(Error::mismatch(
+                        &p.entry.name,
+                        format!(
+                            "the donors' shapes differ: {:?} in {}, {:?} in {}",
+                            p.entry.shape,
+                            p.map().path().display(),
+                            n.entry.shape,
+                            n.map().path().display()
+                        ),
+                    ));
                 }
                 Source::Difference(p, n)
             }
             SourcePlan::Stored(r) => match self.operand(r)? {
                 Operand::Vector(v) => Source::Stored(v.tensor(&r.name)?),
                 Operand::Checkpoint(c) => {
-                    return Err(Error::mismatch(&r.name, format!("{} is a checkpoint, a vector is needed here", c.path().display())));
+                    return Err(Error::mismatch(
+                        &r.name,
+                        format!("{} is a checkpoint, a vector is needed here", c.path().display()),
+                    ));
                 }
             },
         })
@@ -180,10 +194,13 @@ impl Operands<'_> {
             (Some(source), None) => {
                 let source = self.source(source)?;
                 if source.elements() != elements {
-                    return Err(Error::mismatch(name, format!(
-                        "the vector has {} elements here, the target {elements}; see the vocabulary and layout policies",
-                        source.elements()
-                    )));
+                    return Err(Error::mismatch(
+                        name,
+                        format!(
+                            "the vector has {} elements here, the target {elements}; see the vocabulary and layout policies",
+                            source.elements()
+                        ),
+                    ));
                 }
                 Placement::Whole(source)
             }
@@ -195,9 +212,10 @@ impl Operands<'_> {
                     let end = s.at.checked_add(s.length).filter(|&e| s.at >= at && e <= elements);
                     let from = s.start.checked_add(s.length).filter(|&e| e <= source.elements());
                     if end.is_none() || from.is_none() {
-                        return Err(Error::mismatch(name, format!(
-                            "segment {}..+{} from {} is out of order or out of range", s.at, s.length, s.start
-                        )));
+                        return Err(Error::mismatch(
+                            name,
+                            format!("segment {}..+{} from {} is out of order or out of range", s.at, s.length, s.start),
+                        ));
                     }
                     at = s.at + s.length;
                     list.push(Segment { at: s.at, length: s.length, source, start: s.start });
@@ -230,13 +248,22 @@ impl Operands<'_> {
 fn float(tensor: TensorView) -> Result<TensorView> {
     match tensor.dtype().class() {
         Class::Float => Ok(tensor),
-        Class::Exact => Err(Error::mismatch(&tensor.entry.name, format!(
-            "is {} in {}; integers and booleans are copied, never added", tensor.dtype(), tensor.map().path().display()
-        ))),
-        Class::Refused => Err(Error::mismatch(&tensor.entry.name, format!(
-            "is {} in {}: codes without meaning until they are multiplied by their scales; dequantise the checkpoint first",
-            tensor.dtype(), tensor.map().path().display()
-        ))),
+        Class::Exact => Err(Error::mismatch(
+            &tensor.entry.name,
+            format!(
+                "is {} in {}; integers and booleans are copied, never added",
+                tensor.dtype(),
+                tensor.map().path().display()
+            ),
+        )),
+        Class::Refused => Err(Error::mismatch(
+            &tensor.entry.name,
+            format!(
+                "is {} in {}: codes without meaning until they are multiplied by their scales; dequantise the checkpoint first",
+                tensor.dtype(),
+                tensor.map().path().display()
+            ),
+        )),
     }
 }
 
@@ -251,7 +278,12 @@ pub struct Noise<'t> {
 }
 
 /// The random controls among some terms of a tensor that is combined in f64, or (not `double`) in f32.
-pub fn noises<'t>(name: &str, elements: u64, double: bool, terms: impl IntoIterator<Item = &'t mut Term>) -> Vec<Noise<'t>> {
+pub fn noises<'t>(
+    name: &str,
+    elements: u64,
+    double: bool,
+    terms: impl IntoIterator<Item = &'t mut Term>,
+) -> Vec<Noise<'t>> {
     let random = |term: &'t mut Term| match term.substitute {
         Some(Substitute::Random { seed, .. }) => Some(Noise { name: name.to_owned(), elements, double, seed, term }),
         _ => None,
@@ -263,7 +295,12 @@ pub fn noises<'t>(name: &str, elements: u64, double: bool, terms: impl IntoItera
 ///
 /// # Errors
 /// Whatever reading them fails with; [`Error::NonFinite`], which noise would hide, unless it is allowed.
-pub fn scale_noise(noises: Vec<Noise<'_>>, allow_nonfinite: bool, settings: &Settings, control: &Control) -> Result<()> {
+pub fn scale_noise(
+    noises: Vec<Noise<'_>>,
+    allow_nonfinite: bool,
+    settings: &Settings,
+    control: &Control,
+) -> Result<()> {
     if noises.is_empty() {
         return Ok(());
     }
@@ -271,8 +308,10 @@ pub fn scale_noise(noises: Vec<Noise<'_>>, allow_nonfinite: bool, settings: &Set
     let grid = Grid::new(noises.iter().map(|n| n.elements).collect(), 1);
     let sums: Vec<std::sync::Mutex<Vec<[f64; 2]>>> =
         (0..noises.len()).map(|i| vec![[0.0; 2]; grid.tiles_of(i)].into()).collect();
-    let plain: Vec<Term> =
-        noises.iter().map(|n| Term { coefficient: 1.0, placement: n.term.placement.clone(), substitute: None }).collect();
+    let plain: Vec<Term> = noises
+        .iter()
+        .map(|n| Term { coefficient: 1.0, placement: n.term.placement.clone(), substitute: None })
+        .collect();
     let budget = Budget::share(settings.memory_budget, settings.threads(), BLOCK * 16, BLOCK * 8);
     pass::run(
         &grid,
@@ -291,7 +330,8 @@ pub fn scale_noise(noises: Vec<Noise<'_>>, allow_nonfinite: bool, settings: &Set
             double.resize((range.end - range.start) as usize, 0.0);
             dispatch::normal(level, double, Substitute::generator(noise.seed, &noise.name), range.start, 1.0);
             let block = (range.start / BLOCK) as usize;
-            sums[tile.tensor].lock().unwrap_or_else(std::sync::PoisonError::into_inner)[block] = [vector, sum_of_squares(level, double)];
+            sums[tile.tensor].lock().unwrap_or_else(std::sync::PoisonError::into_inner)[block] =
+                [vector, sum_of_squares(level, double)];
             Ok(())
         },
     )?;
@@ -320,10 +360,11 @@ fn squares<W: Work>(
     buffer.resize((range.end - range.start) as usize, W::ZERO);
     term[0].open::<W>(range.clone(), pool)?.add(level, buffer, range.clone(), true)?;
     let sum = sum_of_squares(level, buffer);
-    if !sum.is_finite() && !allow_nonfinite {
-        if let Some(error) = first_nonfinite::<W>(name, &[], term, level, range, pool)? {
-            return Err(error);
-        }
+    if !sum.is_finite()
+        && !allow_nonfinite
+        && let Some(error) = first_nonfinite::<W>(name, &[], term, level, range, pool)?
+    {
+        return Err(error);
     }
     Ok(sum)
 }

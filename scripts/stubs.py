@@ -44,7 +44,7 @@ def main(generated: Path, stub: Path) -> None:
         required,
     ]
     for arguments in (fix, ["format"]):
-        text = _ruff([*arguments, "--stdin-filename", str(stub), "-"], text)
+        text = _ruff([*arguments, "--stdin-filename", "_reasonvec.pyi", "-"], text)
     stub.write_text(text, encoding="utf-8")
 
 

@@ -24,14 +24,20 @@ fn rebuild(family: &Family, rows: &[Row]) -> BTreeMap<String, Vec<u8>> {
     };
     let tensors: Vec<_> = rows.iter().map(tensor).collect();
     // What an F64 vector does not give back exactly may even fall off the end of its format.
-    let what = json!({"out": out, "allow_nonfinite": true, "shards": [{"file": "model.safetensors", "tensors": tensors}]});
+    let what =
+        json!({"out": out, "allow_nonfinite": true, "shards": [{"file": "model.safetensors", "tensors": tensors}]});
     apply(&plan(what, how(2, 16 << 20)), &family.operands).unwrap();
     common::contents(&out)
 }
 
 fn differing(dtype: Dtype, a: &[u8], b: &[u8]) -> Vec<usize> {
     assert_eq!(a.len(), b.len());
-    a.chunks(dtype.size()).zip(b.chunks(dtype.size())).enumerate().filter(|(_, (a, b))| a != b).map(|(i, _)| i).collect()
+    a.chunks(dtype.size())
+        .zip(b.chunks(dtype.size()))
+        .enumerate()
+        .filter(|(_, (a, b))| a != b)
+        .map(|(i, _)| i)
+        .collect()
 }
 
 /// The elements of a tensor that have a second part.
@@ -199,7 +205,8 @@ fn all_patterns(dtype: Dtype) {
     for turn in [1, all.len() / 2, 12_345, 40_961] {
         let negative = Tensor::bits("w", dtype, all.iter().copied());
         let partner = |i: usize| all[(i + turn) % all.len()];
-        let positive = (0..all.len()).map(|i| if subtractable((dtype, partner(i)), (dtype, all[i])) { partner(i) } else { all[i] });
+        let positive = (0..all.len())
+            .map(|i| if subtractable((dtype, partner(i)), (dtype, all[i])) { partner(i) } else { all[i] });
         let positive = Tensor::bits("w", dtype, positive);
         let mut family = Family::one(&positive, &negative, &negative);
         let rows = family.extract("auto");
@@ -285,8 +292,12 @@ fn every_form() -> Vec<Case> {
         case("palette-escapes", Dtype::BF16, Sparse, Some(("U8", true)), |i| now_and_then_long(i, few)),
         case("bf16", Dtype::BF16, Sparse, Some(("BF16", false)), many),
         case("bf16-escapes", Dtype::BF16, Sparse, Some(("BF16", true)), |i| now_and_then_long(i, many)),
-        case("f32", Dtype::F32, Sparse, Some(("F32", false)), |i| (if i.is_multiple_of(8) { noise(i) } else { 0.25 }, 0.25)),
-        case("f64", Dtype::F64, Sparse, Some(("F64", false)), |i| (if i.is_multiple_of(8) { noise(i) } else { 0.25 }, 0.25)),
+        case("f32", Dtype::F32, Sparse, Some(("F32", false)), |i| {
+            (if i.is_multiple_of(8) { noise(i) } else { 0.25 }, 0.25)
+        }),
+        case("f64", Dtype::F64, Sparse, Some(("F64", false)), |i| {
+            (if i.is_multiple_of(8) { noise(i) } else { 0.25 }, 0.25)
+        }),
         case("dense-bf16", Dtype::BF16, Dense, Some(("BF16", false)), |i| (bf16(i % 4096 + 1), 0.0)),
         case("dense-f32", Dtype::F32, Dense, Some(("F32", false)), |i| (noise(i), 0.25)),
         case("dense-f64", Dtype::F64, Dense, Some(("F64", false)), |i| (noise(i), 0.25)),
@@ -332,7 +343,8 @@ fn every_form_is_taken_and_every_form_is_exact() {
             let u = reasonvec::inspect::values(&terms, tensor.name, N, 0..N, operands, &Control::default());
             let expected: Vec<f32> = (0..N)
                 .map(|i| {
-                    let [p, n] = [(tensor.pair)(i).0, (tensor.pair)(i).1].map(|x| widen(tensor.dtype, narrow(tensor.dtype, x)));
+                    let [p, n] =
+                        [(tensor.pair)(i).0, (tensor.pair)(i).1].map(|x| widen(tensor.dtype, narrow(tensor.dtype, x)));
                     if tensor.dtype == Dtype::F64 { (p - n) as f32 } else { p as f32 - n as f32 }
                 })
                 .collect();

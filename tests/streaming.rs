@@ -35,7 +35,9 @@ const MIB: u64 = 1 << 20;
 fn member(seed: u64, moved: bool) -> Vec<Tensor> {
     // A donor's twin has the same dice, so that only what is moved below differs.
     let mut dice = Dice::new(seed);
-    let mut weights = |name: &str, dtype: Dtype, n: u64| Tensor::floats(name, dtype, (0..n).map(|_| dice.weight()).collect::<Vec<_>>());
+    let mut weights = |name: &str, dtype: Dtype, n: u64| {
+        Tensor::floats(name, dtype, (0..n).map(|_| dice.weight()).collect::<Vec<_>>())
+    };
     let mut tensors = vec![
         weights("rare", Dtype::BF16, BLOCK + 5000),
         weights("dense", Dtype::F32, 9001),
@@ -107,7 +109,10 @@ fn outcomes(folder: &Path) -> BTreeMap<String, String> {
             note("apply's file".into(), file_digest(&out.join("model.safetensors")), &run);
             remove(&out);
             // The extraction says the same with fewer tries: its tiles are the same tiles.
-            if (threads, budget) == (2, MIB) || (threads, budget) == (8, 1024 * MIB) || (threads, budget) == (1, 16 * MIB) {
+            if (threads, budget) == (2, MIB)
+                || (threads, budget) == (8, 1024 * MIB)
+                || (threads, budget) == (1, 16 * MIB)
+            {
                 let Operand::Checkpoint(positive) = &whole[0] else { unreachable!() };
                 let plan = extract_plan(&out, positive, "auto", how(threads, budget));
                 let rows = extract(&plan, &whole).unwrap();
@@ -213,7 +218,8 @@ fn long_family() -> Family {
 }
 
 fn long_plan(family: &Family, out: &str, resume: bool) -> merge::ApplyPlan {
-    let mut plan = apply_plan(&family.path(out), family.checkpoint(2), 2, how(2, MIB), |name| vec![difference(0.5, 0, 1, name)]);
+    let mut plan =
+        apply_plan(&family.path(out), family.checkpoint(2), 2, how(2, MIB), |name| vec![difference(0.5, 0, 1, name)]);
     plan.settings.resume = resume;
     plan
 }
@@ -278,7 +284,10 @@ fn a_cancelled_run_leaves_no_final_name_and_resumes_to_the_same_bytes() {
             let (done, bytes) = expected_bytes(&long_plan(&family, &out, true), &family.operands);
             assert_eq!(digests(&done), digests(&whole), "stopped after {stop}");
             // One twelfth is read, read and written for each tensor; what is done is read back once.
-            assert!(bytes <= everything - stop as u64 * (everything / 12) * 3 / 4, "{bytes} of {everything} after {stop}");
+            assert!(
+                bytes <= everything - stop as u64 * (everything / 12) * 3 / 4,
+                "{bytes} of {everything} after {stop}"
+            );
         }
         assert_eq!(contents(&family.path(&out)), contents(&family.path("whole")));
     }
@@ -348,7 +357,8 @@ fn another_recipe_or_a_changed_input_is_not_resumed() {
     assert!(matches!(refusal, Error::Usage(_)) && refusal.to_string().contains("--overwrite"), "{refusal}");
 
     // One bit of one donor, the length as before.
-    let shard = files(&family.path("p")).into_iter().find(|f| f.extension().is_some_and(|e| e == "safetensors")).unwrap();
+    let shard =
+        files(&family.path("p")).into_iter().find(|f| f.extension().is_some_and(|e| e == "safetensors")).unwrap();
     let mut bytes = std::fs::read(&shard).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     std::fs::write(&shard, bytes).unwrap();
@@ -404,7 +414,8 @@ fn numbers_that_are_none_are_named_by_file_tensor_and_place() {
                 Error::NonFinite { path, tensor, index, value, .. } => (path, tensor, index, value),
                 other => panic!("{other}"),
             };
-            let expected = (family.path(folder).join("model.safetensors"), "w".to_owned(), first as u64, value.to_owned());
+            let expected =
+                (family.path(folder).join("model.safetensors"), "w".to_owned(), first as u64, value.to_owned());
             assert_eq!(name(fails(&family, 2, 1.0)), expected);
             if folder != "t" {
                 let plan = extract_plan(&family.path("v"), family.checkpoint(0), "auto", how(2, 16 * MIB));
@@ -421,7 +432,8 @@ fn nan_passes_when_it_may_and_comes_out_canonical() {
         p.set(10, 0xFFA5);
         t.set(11, 0x7FA5);
     });
-    let mut plan = apply_plan(&family.path("out"), family.checkpoint(2), 2, how(2, MIB), |name| vec![difference(1.0, 0, 1, name)]);
+    let mut plan =
+        apply_plan(&family.path("out"), family.checkpoint(2), 2, how(2, MIB), |name| vec![difference(1.0, 0, 1, name)]);
     plan.allow_nonfinite = true;
     apply(&plan, &family.operands).unwrap();
     let out = &contents(&family.path("out"))["w"];
@@ -482,7 +494,9 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
     ];
     for (p_dtype, p, n_dtype, n, says) in cases {
         let family = Family::single(&make(p_dtype, p), &make(n_dtype, n), &make(Dtype::BF16, 5));
-        let plan = apply_plan(&family.path("out"), family.checkpoint(2), 2, how(1, MIB), |name| vec![difference(1.0, 0, 1, name)]);
+        let plan = apply_plan(&family.path("out"), family.checkpoint(2), 2, how(1, MIB), |name| {
+            vec![difference(1.0, 0, 1, name)]
+        });
         let error = apply(&plan, &family.operands).unwrap_err();
         assert!(matches!(error, Error::Mismatch { .. }), "{error}");
         assert!(error.to_string().contains('w') && error.to_string().contains(says), "{error}");
@@ -561,24 +575,31 @@ fn failing(tiles: usize, threads: usize, before: &[usize], during: &[usize]) -> 
     let control = Control::default();
     let passed = std::sync::Mutex::new(Vec::new());
     let fail = |i: usize| Err(Error::Usage(format!("tile {i}")));
-    let result = pass::run(&grid, threads, &control, || (), |_| {}, |(), i, _| {
-        let result = (|| {
-            if before.contains(&i) {
-                return fail(i);
-            }
-            turn.take(i, &control, || {
-                if during.contains(&i) {
+    let result = pass::run(
+        &grid,
+        threads,
+        &control,
+        || (),
+        |_| {},
+        |(), i, _| {
+            let result = (|| {
+                if before.contains(&i) {
                     return fail(i);
                 }
-                passed.lock().unwrap().push(i);
-                Ok(())
-            })
-        })();
-        if result.is_err() {
-            turn.give_up();
-        }
-        result
-    });
+                turn.take(i, &control, || {
+                    if during.contains(&i) {
+                        return fail(i);
+                    }
+                    passed.lock().unwrap().push(i);
+                    Ok(())
+                })
+            })();
+            if result.is_err() {
+                turn.give_up();
+            }
+            result
+        },
+    );
     (result, passed.into_inner().unwrap())
 }
 
@@ -625,10 +646,17 @@ fn the_earliest_error_wins_every_race() {
                 std::thread::sleep(std::time::Duration::from_millis(1));
             }
         };
-        let result = pass::run(&grid, 8, &Control::default(), || (), hold, |(), i, _| {
-            started.fetch_add(1, Ordering::Relaxed);
-            if i >= first { Err(Error::Usage(format!("tile {i}"))) } else { Ok(()) }
-        });
+        let result = pass::run(
+            &grid,
+            8,
+            &Control::default(),
+            || (),
+            hold,
+            |(), i, _| {
+                started.fetch_add(1, Ordering::Relaxed);
+                if i >= first { Err(Error::Usage(format!("tile {i}"))) } else { Ok(()) }
+            },
+        );
         assert_eq!(result.unwrap_err().to_string(), format!("tile {first}"));
         assert!(started.load(Ordering::Relaxed) <= first + 8);
     }
@@ -638,17 +666,24 @@ fn the_earliest_error_wins_every_race() {
 fn cancelling_stops_workers_that_wait_for_a_turn() {
     let grid = Grid::new(vec![1; 8], 1);
     let (turn, control) = (Turn::default(), Control::default());
-    let result = pass::run(&grid, 8, &control, || (), |_| {}, |(), i, _| {
-        if i == 0 {
-            // The first turn never comes: its worker is cancelled while the others wait.
-            while grid.len() > 1 && !control.cancelled() {
-                std::thread::sleep(std::time::Duration::from_millis(20));
-                control.cancel();
+    let result = pass::run(
+        &grid,
+        8,
+        &control,
+        || (),
+        |_| {},
+        |(), i, _| {
+            if i == 0 {
+                // The first turn never comes: its worker is cancelled while the others wait.
+                while grid.len() > 1 && !control.cancelled() {
+                    std::thread::sleep(std::time::Duration::from_millis(20));
+                    control.cancel();
+                }
+                return Err(Error::Cancelled);
             }
-            return Err(Error::Cancelled);
-        }
-        turn.take(i, &control, || Ok(()))
-    });
+            turn.take(i, &control, || Ok(()))
+        },
+    );
     assert!(matches!(result, Err(Error::Cancelled)));
 }
 
@@ -658,8 +693,10 @@ fn what_a_plan_predicts_is_what_it_expects() {
     let plan = long_plan(&family, "out", false);
     let predicted = merge::predict(&plan, Operands(&family.operands)).unwrap();
     let (_, bytes) = expected_bytes(&plan, &family.operands);
-    let sizes: HashMap<_, _> = files(&family.path("out")).into_iter().map(|f| (f.clone(), f.metadata().unwrap().len())).collect();
-    let written: u64 = sizes.iter().filter(|(f, _)| f.extension().is_some_and(|e| e == "safetensors")).map(|(_, n)| n).sum();
+    let sizes: HashMap<_, _> =
+        files(&family.path("out")).into_iter().map(|f| (f.clone(), f.metadata().unwrap().len())).collect();
+    let written: u64 =
+        sizes.iter().filter(|(f, _)| f.extension().is_some_and(|e| e == "safetensors")).map(|(_, n)| n).sum();
     assert_eq!(predicted.written, written);
     let headers: u64 = family.checkpoint(2).shards().iter().map(|s| s.header.data_start).sum();
     assert_eq!(predicted.read + predicted.written - headers, bytes);

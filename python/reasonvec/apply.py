@@ -321,8 +321,7 @@ def plan(point: Point, out: Path, options: ApplyOptions) -> ApplyPlan:
     )
 
 
-# Thread stacks, the plan in the core's own form, block hashes of the tensors under way, and the
-# report.
+# Thread stacks, the plan in the core's own form, block hashes of tensors under way, the report.
 _HEADROOM = 24 << 20
 
 
@@ -353,8 +352,7 @@ def _out_dtypes(target: CheckpointFolder, asked: OutDtype | None) -> dict[str, s
 
 
 def _copy_problems(point: Point) -> list[Problem]:
-    """A tied model may list its head beside the embeddings it is tied to; then they must be
-    equal."""
+    """A tied model may list its head beside the embeddings it is tied to: equal, or wrong."""
     folders: dict[int, CheckpointFolder] = {id(point.base): point.base}
     for scaled in point.vector.terms:
         if isinstance(scaled.leaf, Difference):
@@ -462,8 +460,7 @@ def _side_file(path: Path, plan: ApplyPlan) -> bytes | None:
 
 
 def _take_chat_template(folder: Path, out: Path, *, sync: bool) -> list[str]:
-    """The chat template of another folder, as transformers keeps it: a file of its own, or a
-    field."""
+    """The chat template of another folder, as transformers keeps it: a file or a field."""
     if (folder / "chat_template.jinja").is_file():
         core.copy_whole(folder / "chat_template.jinja", out / "chat_template.jinja", sync)
         return ["chat_template.jinja"]

@@ -245,7 +245,7 @@ def _judge(
 
 
 def _same_neurons(n: CheckpointFolder, other: CheckpointFolder) -> float | None:
-    """The share of sampled rows of gate (or up) projections whose nearest row by cosine is itself."""
+    """The share of sampled rows of gate (or up) projections that are nearest to themselves."""
     pairs = [
         (name, info.shape)
         for name, info in n.layout.tensors.items()

@@ -242,9 +242,9 @@ def fixed_dot(a: Work, b: Work) -> float:
     """The sum of a * b of [n] and [n] in the one order that every machine can keep.
 
     Of every 64 elements of a MICRO, lane j of 16 adds up the products at j, j + 16, j + 32 and
-    j + 48 in the work type, as (first + second) + (third + fourth), and takes them into its F64 sum;
-    the lanes join in halves (0 + 8, 1 + 9, ..., then 0 + 4, ...); MICRO sums join in order within a
-    BLOCK, and BLOCK sums in order within the tensor.
+    j + 48 in the work type, as (first + second) + (third + fourth), and takes them into its F64
+    sum; the lanes join in halves (0 + 8, 1 + 9, ..., then 0 + 4, ...); MICRO sums join in order
+    within a BLOCK, and BLOCK sums in order within the tensor.
     """
     micros = -(-a.size // MICRO)
     grid = (micros, MICRO // GROUP, GROUP // LANES, LANES)

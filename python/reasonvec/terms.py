@@ -201,7 +201,7 @@ class Summed:
 def sum_terms(
     vector: Vector, first: Layout, operands: Operands, *, checked: bool = True
 ) -> tuple[dict[str, Summed], list[Problem]]:
-    """A vector by itself, tensor by tensor as its first summand names them, and what does not fit."""
+    """A vector by itself, tensor by tensor as its first summand has them, and what does not fit."""
     tensors: dict[str, Summed] = {}
     problems: list[Problem] = []
     for scaled in vector.terms:

@@ -160,7 +160,12 @@ pub(super) fn combine_tile<O: Element, W: Work>(
     Ok(result)
 }
 
-fn accumulate<W: Work>(readers: &mut [Reader<'_, W>], level: Level, acc: &mut [W], elements: std::ops::Range<u64>) -> Result<()> {
+fn accumulate<W: Work>(
+    readers: &mut [Reader<'_, W>],
+    level: Level,
+    acc: &mut [W],
+    elements: std::ops::Range<u64>,
+) -> Result<()> {
     if readers.is_empty() {
         acc.fill(W::ZERO);
     }
@@ -176,10 +181,15 @@ fn check_equal(job: &Job, a: &TensorView, b: &TensorView, x: &[u8], y: &[u8], fr
     }
     let byte = x.iter().zip(y).position(|(x, y)| x != y).unwrap_or(0);
     let index = from + (byte / job.dtype.size()) as u64;
-    Err(Error::mismatch(&job.name, format!(
-        "integers and booleans pass only if they are equal, and element {index} of this {} differs between {} and {}; leave the tensor out with --exclude to keep the target's",
-        job.dtype, a.map().path().display(), b.map().path().display()
-    )))
+    Err(Error::mismatch(
+        &job.name,
+        format!(
+            "integers and booleans pass only if they are equal, and element {index} of this {} differs between {} and {}; leave the tensor out with --exclude to keep the target's",
+            job.dtype,
+            a.map().path().display(),
+            b.map().path().display()
+        ),
+    ))
 }
 
 const OVERFLOW: &str = "the sum does not fit the output's format; use a smaller alpha or --out-dtype float32";

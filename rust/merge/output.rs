@@ -10,12 +10,12 @@ use serde::{Deserialize, Serialize};
 use crate::plan::{Operands, noises, scale_noise};
 use crate::simd::Level;
 use crate::simd::dispatch::{Rounding, with_element};
+use crate::store::Algorithm;
 use crate::store::TensorView;
 use crate::store::digest::BlockHash;
 use crate::store::journal::Journal;
 use crate::store::map::{FileMap, Pool};
 use crate::store::writer::{self, Writer};
-use crate::store::Algorithm;
 use crate::stream::{BLOCK, Control, Grid, Tile, pass};
 use crate::{Error, Result};
 
@@ -129,7 +129,8 @@ pub fn apply(plan: &ApplyPlan, operands: Operands<'_>, control: &Control) -> Res
     let done = std::thread::scope(|scope| {
         let shards = &shards;
         let finisher = scope.spawn(move || {
-            let finished = to_finish.iter().take(shards.len()).try_for_each(|shard| shards[shard].finish(plan.settings.sync));
+            let finished =
+                to_finish.iter().take(shards.len()).try_for_each(|shard| shards[shard].finish(plan.settings.sync));
             if finished.is_err() {
                 control.cancel();
             }
@@ -192,15 +193,21 @@ fn still_true(lines: Vec<Done>, plan: &ApplyPlan, jobs: &[Job], control: &Contro
             let partial = writer::partial_of(&path);
             [partial, path].iter().find_map(|p| FileMap::open(p).ok()).map(std::sync::Arc::new)
         });
-        if let Some(map) = map {
-            if job.offset + job.bytes_written() <= map.len() && line.digest.is_some() {
-                views.push((TensorView::at(map, &job.name, job.dtype, job.offset, job.elements), line));
-            }
+        if let Some(map) = map
+            && job.offset + job.bytes_written() <= map.len()
+            && line.digest.is_some()
+        {
+            views.push((TensorView::at(map, &job.name, job.dtype, job.offset, job.elements), line));
         }
     }
     let tensors: Vec<&TensorView> = views.iter().map(|(v, _)| v).collect();
     let digests = crate::inspect::digests(&tensors, plan.digest, &plan.settings, control)?;
-    Ok(views.into_iter().zip(digests).filter(|((_, l), d)| l.digest == *d).map(|((_, l), _)| (l.name.clone(), l)).collect())
+    Ok(views
+        .into_iter()
+        .zip(digests)
+        .filter(|((_, l), d)| l.digest == *d)
+        .map(|((_, l), _)| (l.name.clone(), l))
+        .collect())
 }
 
 #[derive(Default)]
@@ -243,7 +250,8 @@ impl Run<'_> {
     fn tile(&self, scratch: &mut Scratch, tile: &Tile) -> Result<()> {
         let job = self.jobs[tile.tensor];
         let writer = lock(&self.shards[job.shard].writer).clone();
-        let writer = writer.ok_or_else(|| Error::mismatch(&job.name, "its shard was closed too early; please report this"))?;
+        let writer =
+            writer.ok_or_else(|| Error::mismatch(&job.name, "its shard was closed too early; please report this"))?;
         let Scratch { pool, out, single, double, corrections } = scratch;
         let result = if job.is_copy() {
             copy_tile(&self.how, job, tile, &writer, pool)?
@@ -258,7 +266,11 @@ impl Run<'_> {
             result
         };
         let share = |bytes: u64| {
-            if job.elements == 0 { 0 } else { (bytes as u128 * (tile.elements.end - tile.elements.start) as u128 / job.elements as u128) as u64 }
+            if job.elements == 0 {
+                0
+            } else {
+                (bytes as u128 * (tile.elements.end - tile.elements.start) as u128 / job.elements as u128) as u64
+            }
         };
         self.control.advance(share(job.bytes_read()) + share(job.bytes_written()));
         drop(writer);
@@ -306,7 +318,12 @@ impl Run<'_> {
             name: job.name.clone(),
             file: self.plan.shards[job.shard].file.clone(),
             digest: digest(&all.out),
-            inputs: job.inputs.iter().zip(&all.inputs).map(|((r, _), h)| (r.operand, r.name.clone(), digest(h))).collect(),
+            inputs: job
+                .inputs
+                .iter()
+                .zip(&all.inputs)
+                .map(|((r, _), h)| (r.operand, r.name.clone(), digest(h)))
+                .collect(),
             rounding,
         };
         lock(&self.journal).add(&done)?;

@@ -189,7 +189,9 @@ fn shard_header(plan: &ShardPlan, operands: Operands<'_>) -> Result<Vec<u8>> {
         Some(crate::plan::Operand::Checkpoint(c)) => c.shards().iter().find(|s| s.name == *file),
         _ => None,
     };
-    let source = source.ok_or_else(|| Error::Usage(format!("the plan keeps the header of {file:?}, which operand {operand} does not have")))?;
+    let source = source.ok_or_else(|| {
+        Error::Usage(format!("the plan keeps the header of {file:?}, which operand {operand} does not have"))
+    })?;
     if !keeps(&source.header) {
         return Err(other());
     }
@@ -204,19 +206,28 @@ fn prepare_tensor(plan: &TensorPlan, shard: usize, offset: u64, operands: Operan
     let target = plan.target.as_ref().map(|r| operands.tensor(r).map(|t| (r.clone(), t))).transpose()?;
     if let Some((_, t)) = &target {
         if t.entry.shape != plan.shape {
-            return Err(Error::mismatch(&plan.name, format!("the target's shape is {:?}, the plan says {:?}", t.entry.shape, plan.shape)));
+            return Err(Error::mismatch(
+                &plan.name,
+                format!("the target's shape is {:?}, the plan says {:?}", t.entry.shape, plan.shape),
+            ));
         }
         if t.dtype() != out && !(t.dtype().is_float() && out.is_float()) {
             return Err(Error::mismatch(&plan.name, format!("cannot turn {} into {out}", t.dtype())));
         }
         if t.dtype().class() == Class::Refused && !plan.terms.is_empty() {
-            return Err(Error::mismatch(&plan.name, format!("is {} in {}; dequantise the checkpoint first", t.dtype(), t.map().path().display())));
+            return Err(Error::mismatch(
+                &plan.name,
+                format!("is {} in {}; dequantise the checkpoint first", t.dtype(), t.map().path().display()),
+            ));
         }
     } else if !out.is_float() {
         return Err(Error::mismatch(&plan.name, format!("a tensor of {out} needs a target to be copied from")));
     }
     if !plan.terms.is_empty() && !out.is_float() {
-        return Err(Error::mismatch(&plan.name, format!("nothing can be added to {out}; integers and booleans are copied")));
+        return Err(Error::mismatch(
+            &plan.name,
+            format!("nothing can be added to {out}; integers and booleans are copied"),
+        ));
     }
     let mut inputs: Vec<(Ref, TensorView)> = target.iter().cloned().collect();
     let mut terms = Vec::with_capacity(plan.terms.len());
@@ -239,11 +250,19 @@ fn prepare_tensor(plan: &TensorPlan, shard: usize, offset: u64, operands: Operan
     let mut equal = Vec::new();
     for r in &plan.equal {
         let t = operands.tensor(r)?;
-        let same = target.as_ref().is_some_and(|(_, target)| target.dtype() == t.dtype() && target.entry.shape == t.entry.shape);
+        let same = target
+            .as_ref()
+            .is_some_and(|(_, target)| target.dtype() == t.dtype() && target.entry.shape == t.entry.shape);
         if !same {
-            return Err(Error::mismatch(&plan.name, format!(
-                "{} {:?} in {} must equal the target's, but has another format or shape", t.dtype(), t.entry.shape, t.map().path().display()
-            )));
+            return Err(Error::mismatch(
+                &plan.name,
+                format!(
+                    "{} {:?} in {} must equal the target's, but has another format or shape",
+                    t.dtype(),
+                    t.entry.shape,
+                    t.map().path().display()
+                ),
+            ));
         }
         equal.push(t);
     }

@@ -103,7 +103,10 @@ fn private_map(file: &store::FileMap) -> crate::Result<memmap2::MmapMut> {
     let io = |e| Error::io(file.path(), "map", e);
     let now = file.file().metadata().map_err(io)?.len();
     if now < file.len() {
-        return Err(Error::format(file.path(), format!("was {} bytes when it was opened and is {now} now", file.len())));
+        return Err(Error::format(
+            file.path(),
+            format!("was {} bytes when it was opened and is {now} now", file.len()),
+        ));
     }
     // SAFETY: a file that is truncated while torch reads it kills the process, as with any mapped file; the length is checked just above, and every value
     // in the mapping is plain bytes, for which any content is valid.
@@ -162,5 +165,6 @@ pub(super) fn opened(py: Python<'_>, operands: &[Py<PyAny>]) -> PyResult<Vec<Ope
 
 /// JSON of the Python package's own making.
 pub(super) fn parse<T: DeserializeOwned>(py: Python<'_>, json: &str) -> PyResult<T> {
-    serde_json::from_str(json).map_err(|e| fail(py, Error::Usage(format!("a plan that the core does not understand: {e}"))))
+    serde_json::from_str(json)
+        .map_err(|e| fail(py, Error::Usage(format!("a plan that the core does not understand: {e}"))))
 }

@@ -45,9 +45,8 @@ pub(super) fn enter<R: Send>(
         };
         let mut interrupted: Option<PyErr> = None;
         loop {
-            let received = py.detach(|| {
-                receive.lock().unwrap_or_else(std::sync::PoisonError::into_inner).recv_timeout(PULSE)
-            });
+            let received =
+                py.detach(|| receive.lock().unwrap_or_else(std::sync::PoisonError::into_inner).recv_timeout(PULSE));
             match received {
                 Ok(result) => {
                     if let Some(error) = interrupted {
@@ -66,7 +65,9 @@ pub(super) fn enter<R: Send>(
                 }
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
                 Err(mpsc::RecvTimeoutError::Disconnected) => {
-                    return Err(PyRuntimeError::new_err("the core stopped unexpectedly; please report this with the message above"));
+                    return Err(PyRuntimeError::new_err(
+                        "the core stopped unexpectedly; please report this with the message above",
+                    ));
                 }
             }
         }

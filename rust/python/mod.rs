@@ -118,7 +118,9 @@ mod _reasonvec {
     ) -> PyResult<Tensor> {
         let terms: Vec<TermPlan> = parse(py, terms)?;
         let operands = opened(py, &operands)?;
-        let values = enter(py, None, |control| inspect::values(&terms, name, elements, start..stop, Operands(&operands), control))?;
+        let values = enter(py, None, |control| {
+            inspect::values(&terms, name, elements, start..stop, Operands(&operands), control)
+        })?;
         let shape = vec![values.len() as u64];
         Ok(Tensor::new(Storage::Owned(values), 0, crate::dtype::Dtype::F32, shape))
     }

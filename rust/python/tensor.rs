@@ -164,7 +164,8 @@ impl Tensor {
     }
 
     fn __len__(&self) -> PyResult<usize> {
-        let first = self.0.shape.first().ok_or_else(|| PyTypeError::new_err("a tensor without dimensions has no length"))?;
+        let first =
+            self.0.shape.first().ok_or_else(|| PyTypeError::new_err("a tensor without dimensions has no length"))?;
         Ok(*first as usize)
     }
 
@@ -186,10 +187,13 @@ impl Tensor {
     ) -> PyResult<Py<PyAny>> {
         let _ = (stream, max_version);
         if dl_device.is_some_and(|d| d != (CPU, 0)) || copy == Some(true) {
-            return Err(PyBufferError::new_err("a mapped tensor is handed over where it is, on the processor and without a copy"));
+            return Err(PyBufferError::new_err(
+                "a mapped tensor is handed over where it is, on the processor and without a copy",
+            ));
         }
-        let code = dlpack_type(self.0.dtype)
-            .ok_or_else(|| PyBufferError::new_err(format!("{} has no DLPack type; take its bytes with memoryview", self.0.dtype)))?;
+        let code = dlpack_type(self.0.dtype).ok_or_else(|| {
+            PyBufferError::new_err(format!("{} has no DLPack type; take its bytes with memoryview", self.0.dtype))
+        })?;
         let inner = Arc::clone(&self.0);
         let managed = Box::new(DlManagedTensor {
             tensor: DlTensor {
@@ -224,16 +228,14 @@ impl Tensor {
             return Err(PyBufferError::new_err("no view to fill"));
         }
         if flags & ffi::PyBUF_WRITABLE == ffi::PyBUF_WRITABLE {
-            return Err(PyBufferError::new_err("tensors of a checkpoint are read-only here; copy, or use DLPack for private pages"));
+            return Err(PyBufferError::new_err(
+                "tensors of a checkpoint are read-only here; copy, or use DLPack for private pages",
+            ));
         }
         let inner = &slf.0;
         let size = inner.dtype.size() as isize;
-        let layout: Box<[isize]> = inner
-            .shape
-            .iter()
-            .map(|&d| d as isize)
-            .chain(inner.strides.iter().map(|&s| s as isize * size))
-            .collect();
+        let layout: Box<[isize]> =
+            inner.shape.iter().map(|&d| d as isize).chain(inner.strides.iter().map(|&s| s as isize * size)).collect();
         let ndim = inner.shape.len();
         let layout = Box::into_raw(layout).cast::<isize>();
         // SAFETY: `view` is the caller's, not null. The layout is freed by `__releasebuffer__`, which rebuilds the slice from `ndim`; the data live as long

@@ -69,7 +69,10 @@ impl Level {
         let levels = Self::available();
         levels.iter().copied().find(|l| l.name() == name).ok_or_else(|| {
             let names: Vec<_> = levels.iter().map(|l| l.name()).collect();
-            Error::Usage(format!("{VARIABLE}={name}: this processor has {}; unset it to use the best", names.join(", ")))
+            Error::Usage(format!(
+                "{VARIABLE}={name}: this processor has {}; unset it to use the best",
+                names.join(", ")
+            ))
         })
     }
 

@@ -98,10 +98,13 @@ impl Checkpoint {
             for (i, entry) in header.entries.iter().enumerate() {
                 if let Some(&(other, _)) = by_name.get(&entry.name) {
                     let other: &Shard = &shards[other];
-                    return Err(Error::format(&file, format!(
-                        "tensor {:?} is also in {}; two shards of one checkpoint may not hold the same name",
-                        entry.name, other.name
-                    )));
+                    return Err(Error::format(
+                        &file,
+                        format!(
+                            "tensor {:?} is also in {}; two shards of one checkpoint may not hold the same name",
+                            entry.name, other.name
+                        ),
+                    ));
                 }
                 by_name.insert(entry.name.clone(), (shards.len(), i));
                 match weight_map.as_ref().map(|m| m.get(&entry.name)) {
@@ -177,9 +180,10 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Mismatch`] if there is none of that name.
     pub fn tensor(&self, name: &str) -> Result<TensorView> {
-        let &(shard, entry) = self.by_name.get(name).ok_or_else(|| {
-            Error::mismatch(name, format!("{} has no tensor of this name", self.path.display()))
-        })?;
+        let &(shard, entry) = self
+            .by_name
+            .get(name)
+            .ok_or_else(|| Error::mismatch(name, format!("{} has no tensor of this name", self.path.display())))?;
         let shard = &self.shards[shard];
         Ok(TensorView { map: Arc::clone(&shard.map), entry: shard.header.entries[entry].clone() })
     }
@@ -256,17 +260,23 @@ fn read_index(path: &Path) -> Result<HashMap<String, String>> {
     }
     let meta = std::fs::metadata(path).map_err(|e| Error::io(path, "inspect", e))?;
     if meta.len() > super::header::LONGEST {
-        return Err(Error::format(path, format!("an index of {} bytes is not credible; download it again", meta.len())));
+        return Err(Error::format(
+            path,
+            format!("an index of {} bytes is not credible; download it again", meta.len()),
+        ));
     }
     let text = std::fs::read(path).map_err(|e| Error::io(path, "read", e))?;
     let text = String::from_utf8(text).map_err(|e| Error::format(path, format!("the index is not UTF-8: {e}")))?;
-    let index: Index =
-        serde_json::from_str(&text).map_err(|e| Error::format(path, format!("expected an object with a weight_map: {e}")))?;
+    let index: Index = serde_json::from_str(&text)
+        .map_err(|e| Error::format(path, format!("expected an object with a weight_map: {e}")))?;
     for (tensor, file) in &index.weight_map.0 {
         if !is_plain_name(file) || !file.ends_with(".safetensors") {
-            return Err(Error::format(path, format!(
-                "puts tensor {tensor:?} in {file:?}, which is no .safetensors file of this folder; do not trust this checkpoint"
-            )));
+            return Err(Error::format(
+                path,
+                format!(
+                    "puts tensor {tensor:?} in {file:?}, which is no .safetensors file of this folder; do not trust this checkpoint"
+                ),
+            ));
         }
     }
     Ok(index.weight_map.0.into_iter().collect())
@@ -295,10 +305,13 @@ fn numbered_shards(folder: &Path, stem: &str) -> Result<Vec<String>> {
         let whole = numbered.len() as u64 == total
             && numbered.iter().enumerate().all(|(i, &(k, n, _))| k == i as u64 + 1 && n == total);
         if !whole {
-            return Err(Error::format(folder, format!(
-                "found {} of {total} shards {stem}-0000k-of-{total:05}.safetensors and no index; download the rest",
-                numbered.len()
-            )));
+            return Err(Error::format(
+                folder,
+                format!(
+                    "found {} of {total} shards {stem}-0000k-of-{total:05}.safetensors and no index; download the rest",
+                    numbered.len()
+                ),
+            ));
         }
         return Ok(numbered.into_iter().map(|(_, _, n)| n).collect());
     }
@@ -309,7 +322,10 @@ fn numbered_shards(folder: &Path, stem: &str) -> Result<Vec<String>> {
     } else {
         ""
     };
-    Err(Error::format(folder, format!("expected {stem}.safetensors, or {stem}.safetensors.index.json with its shards, found neither{hint}")))
+    Err(Error::format(
+        folder,
+        format!("expected {stem}.safetensors, or {stem}.safetensors.index.json with its shards, found neither{hint}"),
+    ))
 }
 
 #[cfg(test)]

@@ -73,7 +73,7 @@ impl Algorithm {
         let mut at = 0;
         while at < n {
             let end = (at + BLOCK).min(n);
-            blocks.push(self.hash(&*tensor.window(at..end, pool)?));
+            blocks.push(self.hash(&tensor.window(at..end, pool)?));
             at = end;
         }
         Ok(self.digest(&blocks))

@@ -122,7 +122,9 @@ impl Header {
         let bad = |problem: String| Error::format(map.path(), problem);
         let file_len = map.len();
         if file_len < 8 {
-            return Err(bad(format!("expected a safetensors file of at least 8 bytes, found {file_len}; download it again")));
+            return Err(bad(format!(
+                "expected a safetensors file of at least 8 bytes, found {file_len}; download it again"
+            )));
         }
         let mut length = [0u8; 8];
         map.read_at(&mut length, 0)?;
@@ -188,7 +190,9 @@ impl Header {
             e.end += data_start;
         }
         if at != data_len {
-            return Err(format!("the tensors end at {at}, but the file has {data_len} data bytes; it is damaged: download it again"));
+            return Err(format!(
+                "the tensors end at {at}, but the file has {data_len} data bytes; it is damaged: download it again"
+            ));
         }
         Ok(Self { entries, metadata: raw.metadata, data_start })
     }
@@ -206,10 +210,7 @@ impl Header {
         let mut at = 0u64;
         for (name, dtype, shape) in tensors {
             let end = at + shape.iter().product::<u64>() * dtype.size() as u64;
-            object.insert(
-                name,
-                serde_json::json!({"dtype": dtype.name(), "shape": shape, "data_offsets": [at, end]}),
-            );
+            object.insert(name, serde_json::json!({"dtype": dtype.name(), "shape": shape, "data_offsets": [at, end]}));
             at = end;
         }
         let mut text = serde_json::Value::Object(object).to_string().into_bytes();

@@ -30,7 +30,8 @@ impl Journal {
     pub fn create(folder: &Path, fingerprint: &str) -> Result<Self> {
         let path = folder.join(NAME);
         let mut file = File::create(&path).map_err(|e| Error::io(&path, "create", e))?;
-        writeln!(file, "{}", serde_json::json!({"fingerprint": fingerprint})).map_err(|e| Error::io(&path, "write", e))?;
+        writeln!(file, "{}", serde_json::json!({"fingerprint": fingerprint}))
+            .map_err(|e| Error::io(&path, "write", e))?;
         Ok(Self { path, file })
     }
 

@@ -35,8 +35,15 @@ pub struct Window<'a>(Held<'a>);
 #[derive(Debug)]
 enum Held<'a> {
     #[cfg(target_os = "linux")]
-    Mapped { bytes: &'a [u8], owner: &'a FileMap, start: u64 },
-    Read { bytes: Vec<u8>, pool: &'a Pool },
+    Mapped {
+        bytes: &'a [u8],
+        owner: &'a FileMap,
+        start: u64,
+    },
+    Read {
+        bytes: Vec<u8>,
+        pool: &'a Pool,
+    },
 }
 
 impl FileMap {
@@ -124,10 +131,10 @@ impl FileMap {
         #[cfg(target_os = "linux")]
         if let Some(map) = &self.map {
             let (start, len) = (range.start as usize, (range.end - range.start) as usize);
-            if len > 0 {
-                if let Err(e) = map.advise_range(memmap2::Advice::PopulateRead, start, len) {
-                    return Err(self.explain_populate(e, range));
-                }
+            if len > 0
+                && let Err(e) = map.advise_range(memmap2::Advice::PopulateRead, start, len)
+            {
+                return Err(self.explain_populate(e, range));
             }
             let bytes = &map[start..start + len];
             return Ok(Window(Held::Mapped { bytes, owner: self, start: range.start }));
@@ -235,13 +242,11 @@ impl FileMap {
         let page = rustix::param::page_size();
         let first = (start as usize).next_multiple_of(page);
         let last = (start as usize + len) / page * page;
-        if let Some(map) = &self.map {
-            if first < last {
-                // SAFETY: the mapping is read-only and backed by a file, so dropping clean pages loses nothing: the next touch reads them again.
-                let _ = unsafe {
-                    map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, last - first)
-                };
-            }
+        if let Some(map) = &self.map
+            && first < last
+        {
+            // SAFETY: the mapping is read-only and backed by a file, so dropping clean pages loses nothing: the next touch reads them again.
+            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, last - first) };
         }
     }
 }

@@ -101,7 +101,13 @@ impl Writer {
                 Some(&mut into),
                 (len - done) as usize,
             ) {
-                Ok(0) | Err(rustix::io::Errno::XDEV | rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::OPNOTSUPP) => break,
+                Ok(0)
+                | Err(
+                    rustix::io::Errno::XDEV
+                    | rustix::io::Errno::INVAL
+                    | rustix::io::Errno::NOSYS
+                    | rustix::io::Errno::OPNOTSUPP,
+                ) => break,
                 Ok(n) => done += n as u64,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(e) => return Err(Error::io(&self.partial, "write", e.into())),
@@ -180,9 +186,7 @@ pub fn copy_whole(from: &Path, to: &Path, sync: bool) -> Result<()> {
 fn sync_folder(path: &Path) -> Result<()> {
     #[cfg(unix)]
     if let Some(folder) = path.parent() {
-        File::open(folder)
-            .and_then(|f| f.sync_all())
-            .map_err(|e| Error::io(folder, "sync", e))?;
+        File::open(folder).and_then(|f| f.sync_all()).map_err(|e| Error::io(folder, "sync", e))?;
     }
     #[cfg(not(unix))]
     let _ = path;

@@ -11,11 +11,11 @@ use super::encode::{Codec, Packed};
 use super::format::{Encoding, Part, Row, STEM};
 use crate::bf16::{Bf16, Element};
 use crate::dtype::Dtype;
+use crate::store::Algorithm;
 use crate::store::digest::Stream;
 use crate::store::header::Header;
 use crate::store::map::FileMap;
 use crate::store::writer::{Writer, write_whole};
-use crate::store::Algorithm;
 use crate::{Error, Result};
 
 /// Bytes of a spool that stay in memory.
@@ -202,7 +202,9 @@ impl<'a> Assembly<'a> {
         }
         let mut parts = BTreeMap::new();
         let name = row.name.clone();
-        let entry = |role: &str| if role == "values" && matches!(codec, Codec::Dense) { name.clone() } else { format!("{name}:{role}") };
+        let entry = |role: &str| {
+            if role == "values" && matches!(codec, Codec::Dense) { name.clone() } else { format!("{name}:{role}") }
+        };
         let mut put = |shard: &mut Shard, role: &str, dtype: Dtype, shape: Vec<u64>, digest: Option<String>| {
             shard.at += shape.iter().product::<u64>() * dtype.size() as u64;
             shard.entries.push((entry(role), dtype, shape));
@@ -344,7 +346,13 @@ impl<'a> Assembly<'a> {
 }
 
 /// Moves a spool behind what is written, padded to 8 bytes; its digest and length.
-fn pour(shard: &Shard, mut spool: Spool, item: usize, folder: &Path, algorithm: Algorithm) -> Result<(Option<String>, u64)> {
+fn pour(
+    shard: &Shard,
+    mut spool: Spool,
+    item: usize,
+    folder: &Path,
+    algorithm: Algorithm,
+) -> Result<(Option<String>, u64)> {
     let failed = |e| Error::io(folder, "read a temporary file in", e);
     spool.0.seek(SeekFrom::Start(0)).map_err(failed)?;
     let mut digest = Stream::new(algorithm, item);

@@ -88,7 +88,13 @@ impl Sample {
             return if dense { Codec::Dense } else { Codec::Plain };
         }
         let palette = Palette::of(&self.counts);
-        let coded: u64 = palette.codes.iter().zip(&self.counts).filter(|(c, _)| **c != ESCAPE_CODE).map(|(_, n)| u64::from(*n)).sum();
+        let coded: u64 = palette
+            .codes
+            .iter()
+            .zip(&self.counts)
+            .filter(|(c, _)| **c != ESCAPE_CODE)
+            .map(|(_, n)| u64::from(*n))
+            .sum();
         let dense = seen * if self.short == self.moved { 2.0 } else { work };
         let bitmap = seen / 8.0;
         let costs = [

@@ -96,7 +96,9 @@ impl Job {
 
     fn bytes(&self) -> u64 {
         let sources = self.terms.iter().flat_map(Term::sources);
-        sources.map(|s| s.stored_bytes() + s.tensors().iter().map(|t| t.entry.end - t.entry.begin).sum::<u64>()).sum::<u64>()
+        sources
+            .map(|s| s.stored_bytes() + s.tensors().iter().map(|t| t.entry.end - t.entry.begin).sum::<u64>())
+            .sum::<u64>()
             + self.equal.iter().map(|t| t.entry.end - t.entry.begin).sum::<u64>()
     }
 }
@@ -106,7 +108,8 @@ fn prepare(plan: &ExtractPlan, operands: Operands<'_>) -> Result<Vec<Job>> {
     for t in &plan.tensors {
         let dtype = dtype(&t.dtype, &t.name)?;
         let elements = elements(&t.shape, &t.name)?;
-        let mut terms: Vec<Term> = t.terms.iter().map(|term| operands.term(term, &t.name, elements)).collect::<Result<_>>()?;
+        let mut terms: Vec<Term> =
+            t.terms.iter().map(|term| operands.term(term, &t.name, elements)).collect::<Result<_>>()?;
         let double = terms.iter().any(Term::is_double);
         terms.retain(|t| !t.is_zero());
         let equal: Vec<TensorView> = t.equal.iter().map(|r| operands.tensor(r)).collect::<Result<_>>()?;
@@ -117,10 +120,22 @@ fn prepare(plan: &ExtractPlan, operands: Operands<'_>) -> Result<Vec<Job>> {
             return Err(Error::mismatch(&t.name, format!("a difference of {dtype} is not defined")));
         }
         let rebuild = match terms.as_slice() {
-            [Term { coefficient: 1.0, placement: Placement::Whole(Source::Difference(p, _)), substitute: None }] => p.dtype() == dtype,
+            [Term { coefficient: 1.0, placement: Placement::Whole(Source::Difference(p, _)), substitute: None }] => {
+                p.dtype() == dtype
+            }
             _ => false,
         };
-        jobs.push(Job { name: t.name.clone(), shape: t.shape.clone(), dtype, elements, terms, equal, double, rebuild, codec: OnceLock::new() });
+        jobs.push(Job {
+            name: t.name.clone(),
+            shape: t.shape.clone(),
+            dtype,
+            elements,
+            terms,
+            equal,
+            double,
+            rebuild,
+            codec: OnceLock::new(),
+        });
     }
     Ok(jobs)
 }
@@ -136,7 +151,13 @@ pub fn extract(plan: &ExtractPlan, operands: Operands<'_>, control: &Control) ->
     operands.verify_vectors(&plan.settings, control)?;
     let noises = jobs.iter_mut().flat_map(|j| noises(&j.name, j.elements, j.double, &mut j.terms)).collect();
     scale_noise(noises, plan.allow_nonfinite, &plan.settings, control)?;
-    let assembly = Assembly::new(&plan.out, plan.digest, plan.settings.sync, plan.shard_bytes, jobs.iter().map(|j| j.name.as_str()));
+    let assembly = Assembly::new(
+        &plan.out,
+        plan.digest,
+        plan.settings.sync,
+        plan.shard_bytes,
+        jobs.iter().map(|j| j.name.as_str()),
+    );
     let per_block = jobs.iter().map(block_memory).max().unwrap_or(1);
     let fixed = (MICRO * 24) as u64 + (1 << 16) * 5;
     let budget = Budget::share(plan.settings.memory_budget, plan.settings.threads(), fixed, per_block);
@@ -257,13 +278,16 @@ impl<'a> Run<'a> {
             let b = other.window(tile.elements.clone(), pool)?;
             if *a != *b {
                 let byte = a.iter().zip(b.iter()).position(|(x, y)| x != y).unwrap_or(0);
-                return Err(Error::mismatch(&job.name, format!(
-                    "a difference of {} is not defined, and element {} differs between {} and {}; leave the tensor out with --exclude",
-                    job.dtype,
-                    tile.elements.start + (byte / job.dtype.size()) as u64,
-                    first.map().path().display(),
-                    other.map().path().display()
-                )));
+                return Err(Error::mismatch(
+                    &job.name,
+                    format!(
+                        "a difference of {} is not defined, and element {} differs between {} and {}; leave the tensor out with --exclude",
+                        job.dtype,
+                        tile.elements.start + (byte / job.dtype.size()) as u64,
+                        first.map().path().display(),
+                        other.map().path().display()
+                    ),
+                ));
             }
         }
         Ok(())
@@ -340,7 +364,8 @@ impl<'a> Run<'a> {
                         let windows = readers[0].windows();
                         let p = &windows[0][place as usize * E::SIZE..(place as usize + u.len()) * E::SIZE];
                         let negative = negative_dtype(&job.terms[0]).unwrap_or(job.dtype);
-                        let n = &windows[1][place as usize * negative.size()..(place as usize + u.len()) * negative.size()];
+                        let n =
+                            &windows[1][place as usize * negative.size()..(place as usize + u.len()) * negative.size()];
                         if negative == job.dtype && dispatch::rebuilds::<E, W>(level, p, n, u) {
                             continue;
                         }
@@ -380,7 +405,12 @@ fn open<'t, W: Work>(terms: &'t [Term], elements: std::ops::Range<u64>, pool: &'
     terms.iter().map(|t| t.open::<W>(elements.clone(), pool)).collect()
 }
 
-fn accumulate<W: Work>(readers: &mut [Reader<'_, W>], level: Level, into: &mut [W], elements: std::ops::Range<u64>) -> Result<()> {
+fn accumulate<W: Work>(
+    readers: &mut [Reader<'_, W>],
+    level: Level,
+    into: &mut [W],
+    elements: std::ops::Range<u64>,
+) -> Result<()> {
     for (i, reader) in readers.iter_mut().enumerate() {
         reader.add(level, into, elements.clone(), i == 0)?;
     }

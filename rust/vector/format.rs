@@ -119,7 +119,8 @@ impl VectorFolder {
         }
         let text = std::fs::read(&config_path).map_err(|e| Error::io(&config_path, "read", e))?;
         let text = String::from_utf8(text).map_err(|e| bad(format!("the manifest is not UTF-8: {e}")))?;
-        let config: Config = serde_json::from_str(&text).map_err(|e| bad(format!("expected a vector manifest: {e}")))?;
+        let config: Config =
+            serde_json::from_str(&text).map_err(|e| bad(format!("expected a vector manifest: {e}")))?;
         if config.format != VERSION {
             return Err(bad(format!(
                 "is of format {}, this version reads format {VERSION}; use the version of reasonvec that wrote it",

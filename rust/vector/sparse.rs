@@ -42,10 +42,18 @@ impl Sparse {
         let n = row.elements;
         let bytes = n.div_ceil(64) * 8;
         if bitmap.dtype() != Dtype::U8 || bitmap.elements() != bytes {
-            return Err(bad(format!("expected a bitmap of {bytes} U8, found {} {}", bitmap.elements(), bitmap.dtype())));
+            return Err(bad(format!(
+                "expected a bitmap of {bytes} U8, found {} {}",
+                bitmap.elements(),
+                bitmap.dtype()
+            )));
         }
         if starts.dtype() != Dtype::U64 || starts.elements() != 2 * (n.div_ceil(BLOCK) + 1) {
-            return Err(bad(format!("expected {} starts of U64, found {}", 2 * (n.div_ceil(BLOCK) + 1), starts.elements())));
+            return Err(bad(format!(
+                "expected {} starts of U64, found {}",
+                2 * (n.div_ceil(BLOCK) + 1),
+                starts.elements()
+            )));
         }
         let palette = match (values.dtype(), part("palette")?) {
             (Dtype::U8, Some(p)) if p.dtype() == Dtype::F32 && p.elements() <= 256 => {
@@ -196,10 +204,10 @@ impl SparseReader<'_> {
                 });
                 left.map(|n| n + escapes.count())
             }
-            Dtype::F32 => scatter(acc, bits, span, values.chunks_exact(4), |b| {
-                Some(c * W::from_f64(f64::from(f32::load(b))))
-            })
-            .map(|n| n + escapes.by_ref().count()),
+            Dtype::F32 => {
+                scatter(acc, bits, span, values.chunks_exact(4), |b| Some(c * W::from_f64(f64::from(f32::load(b)))))
+                    .map(|n| n + escapes.by_ref().count())
+            }
             _ => scatter(acc, bits, span, values.chunks_exact(8), |b| Some(c * W::from_f64(f64::load(b))))
                 .map(|n| n + escapes.by_ref().count()),
         };
@@ -219,8 +227,9 @@ impl SparseReader<'_> {
 
 fn set_bits(bits: &[u8], span: Range<u64>) -> u64 {
     let whole = (span.end / 8) as usize;
-    let mut count: u64 = bits[..whole].chunks(8).map(|b| b.iter().map(|b| u64::from(b.count_ones())).sum::<u64>()).sum();
-    if span.end % 8 != 0 {
+    let mut count: u64 =
+        bits[..whole].chunks(8).map(|b| b.iter().map(|b| u64::from(b.count_ones())).sum::<u64>()).sum();
+    if !span.end.is_multiple_of(8) {
         count += u64::from((bits[whole] & ((1u8 << (span.end % 8)) - 1)).count_ones());
     }
     count

@@ -52,12 +52,16 @@ impl Stored {
             .filter(|n| n.checked_mul(8).is_some())
             .ok_or_else(|| bad(format!("the shape {:?} overflows", row.shape)))?;
         if elements != row.elements {
-            return Err(bad(format!("the shape {:?} has {elements} elements, the row says {}", row.shape, row.elements)));
+            return Err(bad(format!(
+                "the shape {:?} has {elements} elements, the row says {}",
+                row.shape, row.elements
+            )));
         }
         let mut bytes = 0;
         for (role, part) in row.parts.iter().filter(|_| data.is_some()) {
             let entry = data.and_then(|d| d.tensor(&part.entry).ok()).map(|t| t.entry);
-            let entry = entry.ok_or_else(|| bad(format!("the part {role:?} is {:?}, which no data file holds", part.entry)))?;
+            let entry =
+                entry.ok_or_else(|| bad(format!("the part {role:?} is {:?}, which no data file holds", part.entry)))?;
             bytes += entry.end - entry.begin;
         }
         if data.is_some() && bytes != row.bytes {
@@ -73,7 +77,8 @@ impl Stored {
             (_, None) => return Err(bad("has parts, but there is no data file".into())),
             (Encoding::Dense, Some(data)) => {
                 wide = Wide::open(row, data)?;
-                let part = row.parts.get("values").ok_or_else(|| bad("a dense tensor needs the part \"values\"".into()))?;
+                let part =
+                    row.parts.get("values").ok_or_else(|| bad("a dense tensor needs the part \"values\"".into()))?;
                 let values = data.tensor(&part.entry)?;
                 let fits = matches!(values.dtype(), Dtype::BF16 | Dtype::F32 | Dtype::F64);
                 if !fits || values.entry.shape != row.shape {
@@ -91,7 +96,16 @@ impl Stored {
                 Body::Sparse(Box::new(Sparse::open(row, data)?))
             }
         };
-        Ok(Self { name: row.name.clone(), shape: row.shape.clone(), dtype, elements, bytes, path: path.to_path_buf(), body, wide })
+        Ok(Self {
+            name: row.name.clone(),
+            shape: row.shape.clone(),
+            dtype,
+            elements,
+            bytes,
+            path: path.to_path_buf(),
+            body,
+            wide,
+        })
     }
 
     /// Whether it is combined in f64: by its donors' format, and where only the negative one was F64, by what is stored.
@@ -139,7 +153,13 @@ impl Stored {
     }
 
     /// The corrections of a block times a coefficient, by position.
-    pub(crate) fn corrections(&self, block: u64, coefficient: f64, pool: &Pool, into: &mut Vec<(u32, f64)>) -> Result<()> {
+    pub(crate) fn corrections(
+        &self,
+        block: u64,
+        coefficient: f64,
+        pool: &Pool,
+        into: &mut Vec<(u32, f64)>,
+    ) -> Result<()> {
         match &self.wide {
             Some(wide) => wide.read(block, coefficient, pool, into),
             None => Ok(()),

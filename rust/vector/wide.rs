@@ -53,7 +53,8 @@ impl Wide {
         }
         let starts: Vec<u64> = words(&starts.read()?);
         let total = starts.last().copied().unwrap_or(0);
-        if starts[0] != 0 || !starts.is_sorted() || total > lo.elements() || total > at.elements() || total != row.wide {
+        if starts[0] != 0 || !starts.is_sorted() || total > lo.elements() || total > at.elements() || total != row.wide
+        {
             return Err(Error::Usage("wide_starts does not count wide_at and wide_lo".into()));
         }
         Ok(Some(Self { at, lo, starts, elements: row.elements }))
@@ -72,13 +73,19 @@ impl Wide {
         for (at, lo) in at.chunks_exact(4).zip(lo.chunks_exact(8)) {
             let position = u32::from_le_bytes([at[0], at[1], at[2], at[3]]);
             if u64::from(position) < least || u64::from(position) >= room {
-                let problem = format!("{:?}: the places of block {block} do not ascend inside it; the file is damaged", self.at.entry.name);
+                let problem = format!(
+                    "{:?}: the places of block {block} do not ascend inside it; the file is damaged",
+                    self.at.entry.name
+                );
                 return Err(Error::format(self.at.map().path(), problem));
             }
             least = u64::from(position) + 1;
             let lo = f64::load(lo);
             if !lo.is_finite() {
-                let problem = format!("{:?}: the correction of place {position} of block {block} is {lo}; the file is damaged", self.lo.entry.name);
+                let problem = format!(
+                    "{:?}: the correction of place {position} of block {block} is {lo}; the file is damaged",
+                    self.lo.entry.name
+                );
                 return Err(Error::format(self.lo.map().path(), problem));
             }
             into.push((position, coefficient * lo));

@@ -294,7 +294,12 @@ impl Family {
     }
 
     /// Applies to an operand, into a folder, and gives what is in it then.
-    pub(crate) fn apply(&self, out: &str, target: usize, terms: impl Fn(&str) -> Vec<Value>) -> BTreeMap<String, Vec<u8>> {
+    pub(crate) fn apply(
+        &self,
+        out: &str,
+        target: usize,
+        terms: impl Fn(&str) -> Vec<Value>,
+    ) -> BTreeMap<String, Vec<u8>> {
         let plan = apply_plan(&self.path(out), self.checkpoint(target), target, how(2, 64 << 20), terms);
         apply(&plan, &self.operands).unwrap();
         contents(&self.path(out))

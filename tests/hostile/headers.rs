@@ -118,57 +118,70 @@ fn depth_is_no_stack_overflow() {
 
 /// Headers that are nearly right: tensors one after another, with a number of changes.
 pub(crate) fn nearly() -> impl Strategy<Value = (String, usize)> {
-    let dtype = prop::sample::select(&["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "C64", "F8_E4M3", "F8_E5M2", "F8_E8M0"][..]);
+    let dtype = prop::sample::select(
+        &[
+            "F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "C64",
+            "F8_E4M3", "F8_E5M2", "F8_E8M0",
+        ][..],
+    );
     let shape = prop::collection::vec(prop_oneof![6 => 0u64..5, 1 => Just(1)], 0..4);
     let name = prop_oneof![8 => "[a-z.0-9]{1,8}", 1 => any::<String>(), 1 => Just("__metadata__".to_owned())];
     let tensors = prop::collection::vec((name, dtype, shape), 0..6);
     let change = (0usize..12, any::<prop::sample::Index>(), any::<prop::sample::Index>(), any::<u64>());
     let metadata = prop::option::of(prop::collection::vec((any::<String>(), any::<String>()), 0..3));
-    (tensors, metadata, prop::collection::vec(change, 0..3), any::<bool>()).prop_map(|(tensors, metadata, changes, shuffle)| {
-        let mut at = 0;
-        let mut items: Vec<(String, Value)> = Vec::new();
-        for (name, dtype, shape) in tensors {
-            let end = at + shape.iter().product::<u64>() * Dtype::parse(dtype).unwrap().size() as u64;
-            if name == "__metadata__" {
-                continue;
+    (tensors, metadata, prop::collection::vec(change, 0..3), any::<bool>()).prop_map(
+        |(tensors, metadata, changes, shuffle)| {
+            let mut at = 0;
+            let mut items: Vec<(String, Value)> = Vec::new();
+            for (name, dtype, shape) in tensors {
+                let end = at + shape.iter().product::<u64>() * Dtype::parse(dtype).unwrap().size() as u64;
+                if name == "__metadata__" {
+                    continue;
+                }
+                items.push((name, json!({"dtype": dtype, "shape": shape, "data_offsets": [at, end]})));
+                at = end;
             }
-            items.push((name, json!({"dtype": dtype, "shape": shape, "data_offsets": [at, end]})));
-            at = end;
-        }
-        if let Some(pairs) = metadata {
-            items.push(("__metadata__".into(), Value::Object(pairs.into_iter().map(|(k, v)| (k, v.into())).collect())));
-        }
-        if shuffle {
-            items.reverse();
-        }
-        let mut data = at;
-        for (kind, which, other, number) in changes {
-            if items.is_empty() {
-                break;
+            if let Some(pairs) = metadata {
+                items.push((
+                    "__metadata__".into(),
+                    Value::Object(pairs.into_iter().map(|(k, v)| (k, v.into())).collect()),
+                ));
             }
-            let (i, j) = (which.index(items.len()), other.index(items.len()));
-            let small = number % 9;
-            if !items[i].1.is_object() && kind != 0 {
-                continue;
+            if shuffle {
+                items.reverse();
             }
-            match kind {
-                0 => data = data.wrapping_add(small).wrapping_sub(4) % 4096,
-                1 => items[i].1["data_offsets"] = json!([small, number % 64]),
-                2 => items[i].1["data_offsets"] = json!([number]),
-                3 => items[i].1["shape"] = json!([number, number >> 32]),
-                4 => items[i].1["shape"] = json!([number, 0]),
-                5 => items[i].1["dtype"] = json!(["F4", "f32", "", "F8_E4M3FNUZ", "BF16 "][small as usize % 5]),
-                6 => items[i].1["extra"] = json!({"a": [number, null, {"b": 1.5}]}),
-                7 => items[i].1 = [Value::Null, json!([]), json!("F32"), json!(number), json!({})][small as usize % 5].clone(),
-                8 => items[i].0 = items[j].0.clone(),
-                9 => items[i].1["data_offsets"] = json!([-1, 1.5]),
-                10 => items[i].1["shape"] = json!(small),
-                _ => items.swap(i, j),
+            let mut data = at;
+            for (kind, which, other, number) in changes {
+                if items.is_empty() {
+                    break;
+                }
+                let (i, j) = (which.index(items.len()), other.index(items.len()));
+                let small = number % 9;
+                if !items[i].1.is_object() && kind != 0 {
+                    continue;
+                }
+                match kind {
+                    0 => data = data.wrapping_add(small).wrapping_sub(4) % 4096,
+                    1 => items[i].1["data_offsets"] = json!([small, number % 64]),
+                    2 => items[i].1["data_offsets"] = json!([number]),
+                    3 => items[i].1["shape"] = json!([number, number >> 32]),
+                    4 => items[i].1["shape"] = json!([number, 0]),
+                    5 => items[i].1["dtype"] = json!(["F4", "f32", "", "F8_E4M3FNUZ", "BF16 "][small as usize % 5]),
+                    6 => items[i].1["extra"] = json!({"a": [number, null, {"b": 1.5}]}),
+                    7 => {
+                        items[i].1 =
+                            [Value::Null, json!([]), json!("F32"), json!(number), json!({})][small as usize % 5].clone()
+                    }
+                    8 => items[i].0 = items[j].0.clone(),
+                    9 => items[i].1["data_offsets"] = json!([-1, 1.5]),
+                    10 => items[i].1["shape"] = json!(small),
+                    _ => items.swap(i, j),
+                }
             }
-        }
-        let body: Vec<String> = items.iter().map(|(k, v)| format!("{}:{v}", Value::from(k.as_str()))).collect();
-        (format!("{{{}}}", body.join(",")), data as usize)
-    })
+            let body: Vec<String> = items.iter().map(|(k, v)| format!("{}:{v}", Value::from(k.as_str()))).collect();
+            (format!("{{{}}}", body.join(",")), data as usize)
+        },
+    )
 }
 
 /// Whether a header has what the format forbids and its library lets pass, or what only a newer library knows.
@@ -185,7 +198,8 @@ fn agrees(text: &str, data: usize) -> Result<(), TestCaseError> {
             prop_assert_eq!(header.entries.len(), metadata.tensors().len());
             for entry in &header.entries {
                 let info = metadata.info(&entry.name).unwrap();
-                let range = info.data_offsets.0 as u64 + header.data_start..info.data_offsets.1 as u64 + header.data_start;
+                let range =
+                    info.data_offsets.0 as u64 + header.data_start..info.data_offsets.1 as u64 + header.data_start;
                 prop_assert_eq!(entry.begin..entry.end, range);
                 prop_assert!(info.shape.iter().map(|&d| d as u64).eq(entry.shape.iter().copied()));
                 prop_assert_eq!(info.dtype.to_string(), entry.dtype.name());

@@ -56,7 +56,10 @@ fn indexes_that_leave_the_folder_are_refused() {
         let index = json!({"weight_map": {"a": ONE, "evil.weight": place}}).to_string();
         let folder = indexed(&index);
         let said = refused(folder.path());
-        assert!(said.contains(INDEX) && said.contains("evil.weight") && said.contains("do not trust"), "{place}: {said}");
+        assert!(
+            said.contains(INDEX) && said.contains("evil.weight") && said.contains("do not trust"),
+            "{place}: {said}"
+        );
     }
 }
 
@@ -71,7 +74,10 @@ fn indexes_that_are_none_are_refused() {
         (r#"{"weight_map": []}"#, "weight_map"),
         (r#"{"weight_map": {"a": 1}}"#, "weight_map"),
         (r#"{"weight_map": {"a": ["x"]}}"#, "weight_map"),
-        (r#"{"weight_map": {"a": "model-00001-of-00002.safetensors", "a": "model-00002-of-00002.safetensors"}}"#, "twice"),
+        (
+            r#"{"weight_map": {"a": "model-00001-of-00002.safetensors", "a": "model-00002-of-00002.safetensors"}}"#,
+            "twice",
+        ),
         (r#"{"weight_map": {}, "weight_map": {}}"#, "weight_map"),
         (&deep, "weight_map"),
     ];
@@ -150,7 +156,11 @@ fn folders_without_a_whole_checkpoint_are_refused() {
     write_shard(&folder.path().join("model-00003-of-00004.safetensors"), &[shard("c")]);
     assert!(refused(folder.path()).contains("3 of 3"));
     let numbers = tempfile::tempdir().unwrap();
-    for name in ["model-18446744073709551615-of-18446744073709551615.safetensors", "model-0-of-1.safetensors", "model-x-of-y.safetensors"] {
+    for name in [
+        "model-18446744073709551615-of-18446744073709551615.safetensors",
+        "model-0-of-1.safetensors",
+        "model-x-of-y.safetensors",
+    ] {
         write_shard(&numbers.path().join(name), &[shard("a")]);
         assert!(Checkpoint::open(numbers.path()).is_err());
     }

@@ -66,7 +66,8 @@ impl Spoil {
     fn load(&mut self) {
         let bytes = std::fs::read(self.family.path("v").join(DATA)).unwrap();
         let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-        let header = Header::parse(std::str::from_utf8(&bytes[8..start]).unwrap(), (bytes.len() - start) as u64).unwrap();
+        let header =
+            Header::parse(std::str::from_utf8(&bytes[8..start]).unwrap(), (bytes.len() - start) as u64).unwrap();
         let tensor = |e: Entry| Tensor {
             name: e.name,
             dtype: e.dtype,
@@ -78,8 +79,16 @@ impl Spoil {
 
     fn save(&mut self) {
         // How many bytes a row says it has would tell on every other change; one case is about it.
-        for row in self.config.get_mut("tensors").and_then(Value::as_array_mut).into_iter().flatten().filter(|r| r["bytes"] != u64::MAX && r.is_object()) {
-            let entries: Vec<&str> = row["parts"].as_object().unwrap().values().filter_map(|p| p["entry"].as_str()).collect();
+        for row in self
+            .config
+            .get_mut("tensors")
+            .and_then(Value::as_array_mut)
+            .into_iter()
+            .flatten()
+            .filter(|r| r["bytes"] != u64::MAX && r.is_object())
+        {
+            let entries: Vec<&str> =
+                row["parts"].as_object().unwrap().values().filter_map(|p| p["entry"].as_str()).collect();
             let held = self.data.iter().filter(|t| entries.contains(&t.name.as_str())).map(|t| t.bytes.len());
             let held: usize = held.sum();
             row["bytes"] = held.into();
@@ -150,7 +159,8 @@ fn decode(folder: &Path) -> Result<(), Error> {
 fn trust(family: &mut Family) -> Result<(), Error> {
     family.operands.truncate(3);
     family.operands.push(Operand::Vector(std::sync::Arc::new(VectorFolder::open(&family.path("v"))?)));
-    let plan = apply_plan(&family.path("out"), family.checkpoint(2), 2, how(2, 16 << 20), |name| vec![stored(1.0, 3, name)]);
+    let plan =
+        apply_plan(&family.path("out"), family.checkpoint(2), 2, how(2, 16 << 20), |name| vec![stored(1.0, 3, name)]);
     apply(&plan, &family.operands).map(|_| ())
 }
 
@@ -190,8 +200,12 @@ const SPOILED: &[(&str, &str, &str, Edit)] = &[
     ("a zero that moved", "none", "zero", |s| s.row("none")["moved"] = 5.into()),
     ("another encoding than the parts'", "codes", "values", |s| s.row("codes")["encoding"] = "dense".into()),
     ("dense without values", "every", "values", |s| s.without("every", "values")),
-    ("an entry that is not there", "codes", "nowhere", |s| s.row("codes")["parts"]["values"]["entry"] = "nowhere".into()),
-    ("a padding that is not there", "codes", "nowhere", |s| s.row("codes")["parts"]["padding"] = json!({"entry": "nowhere", "digest": null})),
+    ("an entry that is not there", "codes", "nowhere", |s| {
+        s.row("codes")["parts"]["values"]["entry"] = "nowhere".into()
+    }),
+    ("a padding that is not there", "codes", "nowhere", |s| {
+        s.row("codes")["parts"]["padding"] = json!({"entry": "nowhere", "digest": null})
+    }),
     ("an entry that is lost", "full", "full:bitmap", |s| s.data.retain(|t| t.name != "full:bitmap")),
     ("dense values of another shape", "every", "shape", |s| s.part("every").shape = vec![2, 240]),
     ("dense values of another format", "every", "BF16, F32 or F64", |s| {
@@ -318,12 +332,8 @@ fn starts_that_lie_about_blocks_are_refused() {
     spoil.load();
     spoil.config["digest"] = "none".into();
     let data = spoil.data.clone();
-    let cases: [(&str, u64, u64); 4] = [
-        ("set bits", 262, 0),
-        ("set bits", 264, 0),
-        ("starts", 300, 0),
-        ("starts", 263, 1),
-    ];
+    let cases: [(&str, u64, u64); 4] =
+        [("set bits", 262, 0), ("set bits", 264, 0), ("starts", 300, 0), ("starts", 263, 1)];
     for (says, values, escapes) in cases {
         spoil.data = data.clone();
         spoil.set("w:starts", 2, values);
@@ -331,7 +341,9 @@ fn starts_that_lie_about_blocks_are_refused() {
         spoil.save();
         for outcome in [decode(&spoil.family.path("v")), trust(&mut spoil.family)] {
             match outcome {
-                Err(Error::Format { problem, .. }) => assert!(problem.contains(says) && problem.contains('w'), "{problem}"),
+                Err(Error::Format { problem, .. }) => {
+                    assert!(problem.contains(says) && problem.contains('w'), "{problem}")
+                }
                 other => panic!("{values} {escapes}: {other:?}"),
             }
         }
@@ -356,7 +368,9 @@ fn manifests_that_say_something_twice_are_refused() {
     for (manifest, says) in cases {
         std::fs::write(spoil.family.path("v").join(CONFIG), &manifest).unwrap();
         match decode(&spoil.family.path("v")) {
-            Err(Error::Format { path, problem }) => assert!(path.ends_with(CONFIG) && problem.contains(says), "{problem}"),
+            Err(Error::Format { path, problem }) => {
+                assert!(path.ends_with(CONFIG) && problem.contains(says), "{problem}")
+            }
             other => panic!("{says}: {other:?}"),
         }
     }

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pytest
@@ -205,32 +206,31 @@ def test_an_error_in_progress_stops_the_run(many: Family, tmp_path: Path) -> Non
     assert not (tmp_path / "out" / "reasonvec.json").exists()
 
 
+HalfDone: TypeAlias = tuple[Family, Path, dict[str, bytes]]
+
+
 @pytest.fixture
-def half_done(own: Family, tmp_path: Path) -> tuple[Family, Path, dict[str, bytes]]:
-    """A run that stopped at the target's last shard: all others have their final names."""
-    whole = tmp_path / "whole"
-    point(own).save(whole, threads=1)
-    last = sorted(own.instruct.glob("*.safetensors"))[-1]
-    content, times = last.read_bytes(), last.stat()
+def half_done(own: Family, tmp_path: Path) -> HalfDone:
+    """A run that could not give its last shard its name: all others have theirs."""
+    point(own).save(tmp_path / "whole")
     out = tmp_path / "out"
-    unlucky = point(own)
-    last.write_bytes(content[: len(content) // 2])
-    with pytest.raises(OSError, match="bytes when it was opened"):
-        unlucky.save(out, threads=1)
-    last.write_bytes(content)
-    os.utime(last, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert (out / JOURNAL).is_file()
-    assert len(final_names(out)) == len(list(own.instruct.glob("*.safetensors"))) - 1
-    return own, out, contents(whole)
-
-
-HalfDone = tuple[Family, Path, dict[str, bytes]]
+    plan = point(own).plan(out)
+    shards = sorted(path.name for path in own.instruct.glob("*.safetensors"))
+    in_the_way = out / shards[-1]
+    in_the_way.mkdir(parents=True)
+    with pytest.raises(IsADirectoryError) as caught:
+        plan.run()
+    assert caught.value.filename == str(in_the_way)
+    in_the_way.rmdir()
+    assert set(final_names(out)) == set(shards[:-1])
+    return own, out, contents(tmp_path / "whole")
 
 
 def test_resume_finishes_what_is_left(half_done: HalfDone) -> None:
     """The bytes of a run that nothing stopped; finished shards are not written again."""
     family, out, wanted = half_done
     before = {name: (out / name).stat().st_mtime_ns for name in final_names(out)}
+    assert len(before) > 1
     point(family).save(out, resume=True)
     assert contents(out) == wanted
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before

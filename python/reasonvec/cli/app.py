@@ -242,8 +242,7 @@ def apply(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Add vectors to the target T in one pass, and write the result with a record of how it came to
-    be."""
+    """Add vectors to the target T in one pass, and write the result with a record of its making."""
     with guarded(), progress("applying", quiet=quiet or as_json or dry_run) as tell:
         vector = _scaled(_each(vectors, pairs), alpha)
         if alpha_for:
@@ -410,8 +409,7 @@ def diff(
 @main.command()
 @click.argument("folder", type=INPUT, metavar="[DIR]", default="reasonvec-demo")
 def demo(folder: Path) -> None:
-    """Make a small family of checkpoints, and run check, extract, inspect, apply and verify on
-    it."""
+    """Make a small family of checkpoints, and run the other commands on it."""
     from reasonvec.cli.demo import run
 
     with guarded():

@@ -70,8 +70,8 @@ def run(folder: Path) -> None:
     step("verify reasoning", "The record says what every byte should be.")
     show_verify(verify(folder / "reasoning"))
     console.print(
-        f"\nThe new model is in [bold]{escape(str(folder / 'reasoning'))}[/]; transformers loads it "
-        f"as it is. reasonvec.json beside it says how it came to be, and "
+        f"\nThe new model is in [bold]{escape(str(folder / 'reasoning'))}[/]; transformers loads "
+        "it as it is. reasonvec.json beside it says how it came to be, and "
         f"{escape(str(page))} shows the vector."
     )
 
