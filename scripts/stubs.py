@@ -33,16 +33,7 @@ def main(generated: Path, stub: Path) -> None:
             raise SystemExit(f"expected {old!r} once in the generated stub; correct {__file__}")
         text = text.replace(old, new)
     required = f"lint.isort.required-imports = {list(_IMPORTS)}"
-    fix = [
-        "check",
-        "--fix",
-        "--exit-zero",
-        "--quiet",
-        "--extend-select",
-        "I002",
-        "--config",
-        required,
-    ]
+    fix = ["check", "--fix", "--exit-zero", "--extend-select=I002", f"--config={required}"]
     for arguments in (fix, ["format"]):
         text = _ruff([*arguments, "--stdin-filename", "_reasonvec.pyi", "-"], text)
     stub.write_text(text, encoding="utf-8")
