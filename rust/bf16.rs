@@ -428,7 +428,7 @@ mod tests {
         // Past the largest finite value the next step decides, as if the exponent went on.
         let above = if high == inf { 2.0 * value(inf - 1) - value(inf - 2) } else { value(high) };
         let (down, up) = (magnitude - value(low), above - magnitude);
-        let pick = if down < up || (down == up && low % 2 == 0) { low } else { high };
+        let pick = if down < up || (down == up && low.is_multiple_of(2)) { low } else { high };
         pick | if x.is_sign_negative() { 0x8000 } else { 0 }
     }
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Literal, TypeAlias, TypedDict
 
 from reasonvec import _reasonvec as core
-from reasonvec.algebra import Difference, Point, Scaled, Vector
+from reasonvec.algebra import Difference, Point
 from reasonvec.compat.alignment import MissingPolicy
 from reasonvec.compat.layout import FLOATS
 from reasonvec.compat.problem import Problem, demand
 from reasonvec.compat.rows import VocabPolicy
-from reasonvec.destination import MANIFEST, UNDO, Destination, relative, write_json
+from reasonvec.destination import Destination
 from reasonvec.errors import ReasonvecError
-from reasonvec.folders import CheckpointFolder, VectorFolder
+from reasonvec.folders import CheckpointFolder
 from reasonvec.json_values import Json, read_json
 from reasonvec.memory import anonymous_bytes
 from reasonvec.names import kind_of
@@ -120,10 +120,10 @@ class ApplyPlan:
     written_bytes: int
     peak_memory: int
     free_disk: int
-    _core: Json = field(repr=False)
-    _operands: Operands = field(repr=False)
-    _destination: Destination = field(repr=False)
-    _options: ApplyOptions = field(repr=False)
+    core_plan: Json = field(repr=False)
+    operands: Operands = field(repr=False)
+    destination: Destination = field(repr=False)
+    options: ApplyOptions = field(repr=False)
 
     @property
     def errors(self) -> list[Problem]:
@@ -169,18 +169,20 @@ class ApplyPlan:
         """
         elsewhere = ("destination", "disk")
         demand(problem for problem in self.problems if problem.kind not in elsewhere)
-        self._destination.check()
+        self.destination.check()
         for problem in self.problems:
             if problem.kind == "disk":
                 strerror = problem.message.removeprefix(f"{self.out}: ")
                 raise OSError(errno.ENOSPC, strerror, str(self.out))
-        self._destination.prepare()
+        self.destination.prepare()
         rows: list[WrittenTensor] = json.loads(
             core.apply(
-                json.dumps(self._core), self._operands.handles, self._options.get("progress")
+                json.dumps(self.core_plan), self.operands.handles, self.options.get("progress")
             )
         )
-        return _finish(self, rows)
+        from reasonvec.record import finish
+
+        return finish(self, rows)
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,7 @@ def plan(point: Point, out: Path, options: ApplyOptions) -> ApplyPlan:
     ]
     problems = list(dict.fromkeys(p for term in placed for p in term.problems))
     problems += _copy_problems(point)
+    problems += _template_problems(options.get("chat_template_from"))
     out_dtypes = _out_dtypes(target, options.get("out_dtype"))
 
     shards: dict[str, list[Json]] = {shard: [] for shard in target.handle.shards()}
@@ -374,190 +377,15 @@ def _copy_problems(point: Point) -> list[Problem]:
     return problems
 
 
-def _finish(plan: ApplyPlan, rows: list[WrittenTensor]) -> ApplyReport:
-    """Everything besides the shards: side files, manifest, index last; then the journal goes."""
-    out, options, target = plan.out, plan._options, plan.point.base
-    sync = options.get("sync", True)
-    digest = options.get("digest", "xxh3-128")
-    tensors = [_done(change, row) for change, row in zip(_in_order(plan, rows), rows, strict=True)]
-    report = ApplyReport(
-        out, str(plan.point), tensors, [p for p in plan.problems if p.severity == "warning"]
+def _template_problems(folder: Path | None) -> list[Problem]:
+    """Before a byte is written: is there a chat template to take?"""
+    if folder is None or (folder / "chat_template.jinja").is_file():
+        return []
+    config = folder / "tokenizer_config.json"
+    if config.is_file() and read_json(config).get("chat_template") is not None:
+        return []
+    message = (
+        f"{folder}: has no chat template (neither chat_template.jinja nor in "
+        "tokenizer_config.json); name another folder after --chat-template-from"
     )
-    files: dict[str, str | None] = {}
-    index = target.handle.index
-    index_path = target.folder / index if index is not None else None
-    for path in [*target.files(), *([index_path] if index_path is not None else [])]:
-        content = _side_file(path, plan)
-        if path == index_path:
-            continue
-        if content is None:
-            core.copy_whole(path, out / path.name, sync)
-        else:
-            core.write_whole(out / path.name, content, sync)
-        files[path.name] = core.digest_file(out / path.name, digest)
-    template = options.get("chat_template_from")
-    if template is not None:
-        for name in _take_chat_template(template, out, sync=sync):
-            files[name] = core.digest_file(out / name, digest)
-    index_content = None
-    if index_path is not None:
-        index_content = _side_file(index_path, plan) or index_path.read_bytes()
-        files[index_path.name] = None
-    manifest = _manifest(plan, report, rows, files)
-    write_json(out / MANIFEST, manifest, sync=sync)
-    if index_path is not None and index_content is not None:
-        core.write_whole(out / index_path.name, index_content, sync)
-    if options.get("keep_undo", False):
-        _store_undo(plan)
-    (out / core.journal_name()).unlink()
-    return report
-
-
-def _in_order(plan: ApplyPlan, rows: list[WrittenTensor]) -> list[TensorChange]:
-    by_name = {change.name: change for change in plan.tensors}
-    return [by_name[row["name"]] for row in rows]
-
-
-def _done(change: TensorChange, row: WrittenTensor) -> TensorChange:
-    rounding = row["rounding"]
-    return TensorChange(
-        change.name,
-        change.file,
-        change.dtype,
-        change.shape,
-        change.action,
-        change.coefficients,
-        change.why,
-        row["digest"],
-        Rounding.of(rounding) if rounding is not None and change.action == "update" else None,
-    )
-
-
-def _side_file(path: Path, plan: ApplyPlan) -> bytes | None:
-    """What a file of the target becomes; None for the same bytes."""
-    asked = plan._options.get("out_dtype")
-    if asked is None or plan.written_bytes == 0:
-        return None
-    if path.name == "config.json":
-        config = read_json(path)
-        for part in (config, config.get("text_config")):
-            if isinstance(part, dict):
-                for key in ("torch_dtype", "dtype"):
-                    if key in part:
-                        part[key] = asked
-        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-    if path.name == plan.point.base.handle.index:
-        index = read_json(path)
-        size = sum(
-            elements(t.shape) * (4 if t.dtype == "F32" else 8 if t.dtype.endswith("64") else 2)
-            for t in plan.tensors
-        )
-        metadata = index.get("metadata")
-        if isinstance(metadata, dict) and "total_size" in metadata:
-            metadata["total_size"] = size
-        return (json.dumps(index, indent=2) + "\n").encode()
-    return None
-
-
-def _take_chat_template(folder: Path, out: Path, *, sync: bool) -> list[str]:
-    """The chat template of another folder, as transformers keeps it: a file or a field."""
-    if (folder / "chat_template.jinja").is_file():
-        core.copy_whole(folder / "chat_template.jinja", out / "chat_template.jinja", sync)
-        return ["chat_template.jinja"]
-    theirs = folder / "tokenizer_config.json"
-    template = read_json(theirs).get("chat_template") if theirs.is_file() else None
-    if template is None:
-        message = (
-            f"{folder}: has no chat template (neither chat_template.jinja nor in "
-            "tokenizer_config.json)"
-        )
-        raise ReasonvecError(message)
-    ours = out / "tokenizer_config.json"
-    config = read_json(ours) if ours.is_file() else {}
-    config["chat_template"] = template
-    core.write_whole(ours, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(), sync)
-    (out / "chat_template.jinja").unlink(missing_ok=True)
-    return ["tokenizer_config.json"]
-
-
-def _manifest(
-    plan: ApplyPlan, report: ApplyReport, rows: list[WrittenTensor], files: dict[str, str | None]
-) -> Json:
-    out, options = plan.out, plan._options
-    folders = plan._operands.folders
-    digests: list[dict[str, str]] = [{} for _ in folders]
-    for row in rows:
-        for operand, name, digest in row["inputs"]:
-            if digest is not None:
-                digests[operand][name] = digest
-    inputs: list[Json] = [
-        {"path": relative(folder.path, out), "kind": _kind(folder), "tensors": tensors}
-        for folder, tensors in zip(folders, digests, strict=True)
-    ]
-    return {
-        "format": 1,
-        "reasonvec": core.version(),
-        "recipe": str(plan.point),
-        "target": 0,
-        "terms": [_term(scaled, plan._operands) for scaled in plan.point.vector.terms],
-        "options": {
-            "vocab": options.get("vocab", "strict"),
-            "missing": options.get("missing", "error"),
-            "map_prefix": [list(pair) for pair in options.get("map_prefix", ())],
-            "out_dtype": options.get("out_dtype"),
-            "allow_nonfinite": options.get("allow_nonfinite", False),
-        },
-        "digest": options.get("digest", "xxh3-128"),
-        "inputs": inputs,
-        "output": {
-            "tensors": {
-                t.name: {"file": t.file, "digest": t.digest, "coefficients": list(t.coefficients)}
-                for t in report.tensors
-            },
-            "files": files,
-        },
-        "undo": UNDO if options.get("keep_undo", False) else None,
-        "report": report.as_json() | {"path": None},
-    }
-
-
-def _kind(folder: CheckpointFolder | VectorFolder) -> str:
-    return "checkpoint" if isinstance(folder, CheckpointFolder) else "vector"
-
-
-def _term(scaled: Scaled, operands: Operands) -> Json:
-    leaf = scaled.leaf
-    parts: Json = (
-        {"positive": operands.number(leaf.positive), "negative": operands.number(leaf.negative)}
-        if isinstance(leaf, Difference)
-        else {"vector": operands.number(leaf)}
-    )
-    return {"text": scaled.text} | parts
-
-
-def _store_undo(plan: ApplyPlan) -> None:
-    """The exact vector from the output back to the target, and the target's own headers and config
-    where the output's differ."""
-    from reasonvec.extract import ExtractOptions, write_vector
-
-    out, target = plan.out, plan.point.base
-    way_back = Vector([Scaled(Difference(target, CheckpointFolder(out)))])
-    folder = out / UNDO
-    folder.mkdir(exist_ok=True)
-    run: ExtractOptions = {}
-    for key in ("threads", "memory_budget", "progress"):
-        if key in plan._options:
-            run[key] = plan._options[key]
-    write_vector(way_back, folder, run, checked=False, card=False, destination=False)
-    if plan._options.get("out_dtype") is not None:
-        for file in target.handle.shards():
-            path = target.folder / file
-            with path.open("rb") as shard:
-                length = int.from_bytes(shard.read(8), "little")
-                core.write_whole(folder / f"{file}.header", shard.read(length), True)
-        for name in ("config.json", target.handle.index):
-            if name is not None and (target.folder / name).is_file():
-                core.copy_whole(target.folder / name, folder / name, True)
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
-        if plan._options.get("chat_template_from") is not None and (target.folder / name).is_file():
-            core.copy_whole(target.folder / name, folder / name, True)
+    return [Problem("chat_template", message)]

@@ -190,7 +190,7 @@ def _use() -> list[str]:
         "",
         "A negative alpha subtracts. `OUTPUT` keeps the target's tokenizer, chat template and "
         "shard names. A bf16 target loses the smallest updates to rounding, the more the smaller "
-        "alpha is: `apply` reports how much, and `--out-dtype f32` keeps them.",
+        "alpha is: `apply` reports how much, and `--out-dtype float32` keeps them.",
         "",
         "The data files open with the plain `safetensors` library; `vector_config.json` says how "
         "each tensor is encoded.",

@@ -151,7 +151,9 @@ def check(
     total = distances(rows) if rows else None
     same = _same_neurons(n, t or p) if rows else None
     errors = [problem.message for problem in problems if problem.severity == "error"]
-    verdict, reasons = _judge(errors, problems, total, same)
+    # Norm weights and biases are of one size in every model, and may outweigh all the matrices.
+    matrices = [row for row in rows if len(p.layout.tensors[row.name].shape) > 1] or rows
+    verdict, reasons = _judge(errors, problems, distances(matrices) if matrices else None, same)
     by_kind = {kind: distances(part) for kind, part in kinds.items()}
     return CheckReport(verdict, reasons, problems, total, by_kind, same)
 
@@ -224,8 +226,8 @@ def _judge(
         if share is None or share < _FAR:
             continue
         text = (
-            f"{who} are {share:.2f} of a norm apart; fine-tunes of one model are a few "
-            "hundredths apart"
+            f"{who} are {share:.2f} of a norm apart in their matrices; fine-tunes of one model "
+            "are a few hundredths apart"
         )
         if share >= _UNRELATED:
             errors.append(f"{text}, and unrelated models 1.41")

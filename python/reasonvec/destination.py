@@ -12,10 +12,12 @@ from reasonvec.errors import ReasonvecError
 from reasonvec.folders import CheckpointFolder, VectorFolder
 from reasonvec.json_values import read_json
 
-__all__ = ["MANIFEST", "UNDO", "Destination", "relative", "write_json"]
+__all__ = ["MANIFEST", "TEMPLATES", "UNDO", "Destination", "relative", "write_json"]
 
 MANIFEST = "reasonvec.json"
 UNDO = "reasonvec_undo"
+# Where transformers keeps a chat template: a field of the one, or the other.
+TEMPLATES = frozenset({"tokenizer_config.json", "chat_template.jinja"})
 _SIGNS = (MANIFEST, "vector_config.json")
 _VECTOR_FILES = ("vector_config.json", "README.md", "tokenizer.json")
 

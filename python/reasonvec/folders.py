@@ -32,6 +32,15 @@ class CheckpointFolder:
         self.handle = core.Checkpoint(path)
         self.folder = path if path.is_dir() else path.parent
 
+    def __eq__(self, other: object) -> bool:
+        """A folder that is opened again is the same folder."""
+        if not isinstance(other, CheckpointFolder):
+            return NotImplemented
+        return self.path.resolve() == other.path.resolve()
+
+    def __hash__(self) -> int:
+        return hash(self.path.resolve())
+
     @cached_property
     def layout(self) -> Layout:
         tensors = {
@@ -72,6 +81,15 @@ class VectorFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.handle = core.VectorFolder(path)
+
+    def __eq__(self, other: object) -> bool:
+        """A folder that is opened again is the same folder."""
+        if not isinstance(other, VectorFolder):
+            return NotImplemented
+        return self.path.resolve() == other.path.resolve()
+
+    def __hash__(self) -> int:
+        return hash(self.path.resolve())
 
     @cached_property
     def config(self) -> Json:

@@ -14,7 +14,7 @@ from typing import Literal, Unpack
 
 from reasonvec import _reasonvec as core
 from reasonvec.apply import WrittenTensor
-from reasonvec.destination import MANIFEST, UNDO, Destination
+from reasonvec.destination import MANIFEST, TEMPLATES, UNDO, Destination
 from reasonvec.errors import DamageError, FormatError, ReasonvecError
 from reasonvec.folders import CheckpointFolder, VectorFolder
 from reasonvec.json_values import Json, object_in, objects_in, read_json, string_in, strings_in
@@ -181,9 +181,15 @@ def _side_files(folder: Path, made: CheckpointFolder, out: Path, *, sync: bool) 
     """The target's files: those the output carried on, except where the residual kept another."""
     kept = {path.name: path for path in (folder / UNDO).iterdir()}
     record = folder / MANIFEST
-    output = object_in(read_json(record), "output", record)
+    manifest = read_json(record)
+    output = object_in(manifest, "output", record)
+    names = set(object_in(output, "files", record) if "files" in output else ())
+    if object_in(manifest, "options", record).get("chat_template_from") is not None:
+        # The output's template is another folder's; the residual has the target's, if it had one.
+        names -= TEMPLATES
+        names |= TEMPLATES & kept.keys()
     index = made.handle.index
-    for name in object_in(output, "files", record) if "files" in output else ():
+    for name in sorted(names):
         if name != index and Path(name).name == name:
             core.copy_whole(kept.get(name, folder / name), out / name, sync)
     if index is not None:

@@ -102,9 +102,14 @@ def verify(path: Path, **options: Unpack[RunOptions]) -> VerifyReport:
         folder.handle, names, algorithm, json.dumps(settings(options)), options.get("progress")
     )
     for name, digest in zip(names, found, strict=True):
+        where, info = path / there[name].file, there[name]
         if digest != rows[name]:
-            where = path / there[name].file
             damage.append(f"{where}: {name} has the digest {digest}, the record says {rows[name]}")
+        row = object_in(tensors, name, record)
+        said = row.get("dtype", info.dtype), row.get("shape", list(info.shape))
+        if said != (info.dtype, list(info.shape)):
+            found_as = f"{info.dtype} {list(info.shape)}"
+            damage.append(f"{where}: {name} is {found_as}, the record says {said[0]} {said[1]}")
     for name, recorded in files.items():
         if Path(name).name != name:
             damage.append(f"{name!r}: is no plain file name")
@@ -114,6 +119,8 @@ def verify(path: Path, **options: Unpack[RunOptions]) -> VerifyReport:
             damage.append(f"{path / name}: is not the file that was written")
     if (path / UNDO).is_dir():
         damage += _verify_vector(path / UNDO, options).damage
+    elif manifest.get("undo") is not None:
+        damage.append(f"{path / UNDO}: is missing")
     return VerifyReport(path, algorithm, len(rows), len(files), damage)
 
 

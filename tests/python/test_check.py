@@ -75,12 +75,16 @@ def test_distances_are_those_of_numpy(which: str, request: pytest.FixtureRequest
         norm = np.linalg.norm
         assert found.vector_share == pytest.approx(norm(v) / norm(other), rel=1e-6)
         assert found.target_share == pytest.approx(norm(apart) / norm(other), rel=1e-6)
-        if norm(v):
+        if norm(v) and norm(apart):
             cosine = float(v @ apart / norm(v) / norm(apart))
             assert found.cosine == pytest.approx(cosine, rel=1e-5, abs=1e-7)
         else:
             assert found.cosine is None
-        assert found.vector_over_target == pytest.approx(norm(v) / norm(apart), rel=1e-6)
+        if norm(apart):
+            share = norm(v) / norm(apart)
+            assert found.vector_over_target == pytest.approx(share, rel=1e-6)
+        else:
+            assert found.vector_over_target is None
         assert found.moved_share == np.count_nonzero(v) / v.size
 
 
@@ -132,7 +136,7 @@ def test_options_change_no_figure(family: Family) -> None:
     assert one == check(*points, threads=4).as_json()
 
 
-# -- verdicts ----------------------------------------------------------------------------------------
+# -- verdicts
 
 
 def test_an_unrelated_target_is_incompatible(family: Family, tmp_path: Path) -> None:

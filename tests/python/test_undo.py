@@ -19,7 +19,11 @@ from reasonvec.undo import undo
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 COUNTER = "model.counter"
-CONFIG: dict[str, object] = {"model_type": "qwen2", "num_hidden_layers": 1, "torch_dtype": "float32"}
+CONFIG: dict[str, object] = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 1,
+    "torch_dtype": "float32",
+}
 
 
 def applied(family: Family, out: Path, alpha: float = 0.8, **options: object) -> Path:
@@ -42,7 +46,7 @@ def the_same(one: Path, other: Path) -> bool:
     return contents(one) == contents(other)
 
 
-# -- from the source ---------------------------------------------------------------------------------
+# -- from the source
 
 
 @pytest.mark.parametrize("options", [{}, {"out_dtype": "float32"}, {"digest": "blake3"}])
@@ -75,7 +79,7 @@ def test_from_a_source_that_moved(family: Family, tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", ["sft", "base"])
 def test_a_named_source_that_is_another_model(family: Family, tmp_path: Path, other: str) -> None:
     out = applied(family, tmp_path / "out", keep_undo=True)
-    with pytest.raises(rv.ReasonvecError, match="is not the target of .* has changed since"):
+    with pytest.raises(rv.ReasonvecError, match=r"is not the target of .* has changed since"):
         undo(out, tmp_path / "back", source=getattr(family, other), sync=False)
     assert not (tmp_path / "back").exists()
 
@@ -108,7 +112,7 @@ def test_a_changed_source_falls_back_to_the_residual(family: Family, tmp_path: P
     assert the_same(tmp_path / "back", family.instruct)
 
 
-# -- from the residual -------------------------------------------------------------------------------
+# -- from the residual
 
 
 @pytest.mark.parametrize(
@@ -216,7 +220,7 @@ def test_a_changed_output_is_found(family: Family, tmp_path: Path) -> None:
         undo(out, tmp_path / "back", sync=False)
 
 
-# -- refusals ----------------------------------------------------------------------------------------
+# -- refusals
 
 
 def test_neither_source_nor_residual(family: Family, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ import click
 
 from reasonvec.errors import ReasonvecError
 from reasonvec.run import Progress, RunOptions
+from reasonvec.wording import legible
 
 __all__ = [
     "DIGEST",
@@ -44,7 +46,11 @@ def _size(context: click.Context, parameter: click.Parameter, text: str) -> int:
     if found is None:
         message = f"expected a size such as 64MiB or 1GiB, found {text!r}"
         raise click.BadParameter(message, context, parameter)
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    size = int(float(found[1]) * _UNITS[found[2].upper()])
+    if size >= 1 << 63:
+        message = f"expected a size that some memory has, found {text!r}"
+        raise click.BadParameter(message, context, parameter)
+    return size
 
 
 _FROM = click.option(
@@ -170,14 +176,24 @@ def emit(
 ) -> None:
     """The result: JSON, or what ``show`` prints, or nothing."""
     if as_json:
-        json.dump(value(), sys.stdout, indent=2, allow_nan=False)
+        json.dump(_finite(value()), sys.stdout, indent=2, allow_nan=False)
         sys.stdout.write("\n")
     elif not quiet:
         show()
 
 
+def _finite(value: object) -> object:
+    """Null where there is no number, because JSON has no NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
 def fail(message: str) -> None:
     """An error, on standard error."""
+    message = "\n".join(map(legible, message.split("\n")))
     click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
 
 

@@ -24,7 +24,7 @@ _MARK = ".reasonvec-demo"
 
 def run(folder: Path) -> None:
     """Make the family in ``folder`` and walk through check, extract, inspect, apply and verify."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
 
     def step(command: str, meaning: str) -> None:
         console.print(

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as _escape
 from rich.table import Table
 
 from reasonvec.compat.problem import Problem, fold
-from reasonvec.wording import count, magnitude, percent, short_count, size
+from reasonvec.wording import count, legible, magnitude, percent, short_count, size
 
 if TYPE_CHECKING:
     from reasonvec.apply import ApplyPlan, ApplyReport
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from reasonvec.undo import UndoReport
     from reasonvec.verify import DiffReport, VerifyReport
 
-_console = Console(highlight=False)
+_console = Console(highlight=False, emoji=False)
+
+
+def escape(text: str) -> str:
+    """Strangers' words as they are: no markup, no control characters."""
+    return _escape(legible(text))
 
 
 def _say(text: str) -> None:

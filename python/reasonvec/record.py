@@ -1,0 +1,209 @@
+"""What an output has besides its shards: side files, the record, the way back; the index last."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from reasonvec import _reasonvec as core
+from reasonvec.algebra import Difference, Scaled, Vector
+from reasonvec.apply import ApplyPlan, ApplyReport, TensorChange, WrittenTensor
+from reasonvec.destination import MANIFEST, UNDO, relative, write_json
+from reasonvec.folders import CheckpointFolder, VectorFolder
+from reasonvec.json_values import Json, read_json
+from reasonvec.rounding import Rounding
+from reasonvec.terms import Operands, elements
+
+__all__ = ["finish"]
+
+
+def finish(plan: ApplyPlan, rows: list[WrittenTensor]) -> ApplyReport:
+    """Everything besides the shards: side files, manifest, index last; then the journal goes."""
+    out, options, target = plan.out, plan.options, plan.point.base
+    sync = options.get("sync", True)
+    digest = options.get("digest", "xxh3-128")
+    tensors = [_done(change, row) for change, row in zip(_in_order(plan, rows), rows, strict=True)]
+    report = ApplyReport(
+        out, str(plan.point), tensors, [p for p in plan.problems if p.severity == "warning"]
+    )
+    files: dict[str, str | None] = {}
+    index = target.handle.index
+    index_path = target.folder / index if index is not None else None
+    for path in target.files():
+        content = _side_file(path, plan)
+        if content is None:
+            core.copy_whole(path, out / path.name, sync)
+        else:
+            core.write_whole(out / path.name, content, sync)
+        files[path.name] = core.digest_file(out / path.name, digest)
+    template = options.get("chat_template_from")
+    if template is not None:
+        for name in _take_chat_template(template, out, sync=sync):
+            files.pop("chat_template.jinja", None)
+            files[name] = core.digest_file(out / name, digest)
+    index_content = None
+    if index_path is not None:
+        index_content = _side_file(index_path, plan) or index_path.read_bytes()
+        files[index_path.name] = None
+    manifest = _manifest(plan, report, rows, files)
+    write_json(out / MANIFEST, manifest, sync=sync)
+    if index_path is not None and index_content is not None:
+        core.write_whole(out / index_path.name, index_content, sync)
+    if options.get("keep_undo", False):
+        _store_undo(plan, sync=sync)
+    (out / core.journal_name()).unlink()
+    return report
+
+
+def _in_order(plan: ApplyPlan, rows: list[WrittenTensor]) -> list[TensorChange]:
+    by_name = {change.name: change for change in plan.tensors}
+    return [by_name[row["name"]] for row in rows]
+
+
+def _done(change: TensorChange, row: WrittenTensor) -> TensorChange:
+    rounding = row["rounding"]
+    return TensorChange(
+        change.name,
+        change.file,
+        change.dtype,
+        change.shape,
+        change.action,
+        change.coefficients,
+        change.why,
+        row["digest"],
+        Rounding.of(rounding) if rounding is not None and change.action == "update" else None,
+    )
+
+
+def _side_file(path: Path, plan: ApplyPlan) -> bytes | None:
+    """What a file of the target becomes; None for the same bytes."""
+    asked = plan.options.get("out_dtype")
+    if asked is None or plan.written_bytes == 0:
+        return None
+    if path.name == "config.json":
+        config = read_json(path)
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                for key in ("torch_dtype", "dtype"):
+                    if key in part:
+                        part[key] = asked
+        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    if path.name == plan.point.base.handle.index:
+        index = read_json(path)
+        size = sum(elements(t.shape) * _item(t.dtype) for t in plan.tensors)
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict) and "total_size" in metadata:
+            metadata["total_size"] = size
+        return (json.dumps(index, indent=2) + "\n").encode()
+    return None
+
+
+def _item(dtype: str) -> int:
+    """Bytes of an element, from the bits in the format's name."""
+    bits = re.search(r"\d+", dtype)
+    return int(bits[0]) // 8 if bits else 1
+
+
+def _take_chat_template(folder: Path, out: Path, *, sync: bool) -> list[str]:
+    """The chat template of another folder, as transformers keeps it: a file or a field."""
+    if (folder / "chat_template.jinja").is_file():
+        core.copy_whole(folder / "chat_template.jinja", out / "chat_template.jinja", sync)
+        return ["chat_template.jinja"]
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    ours = out / "tokenizer_config.json"
+    config = read_json(ours) if ours.is_file() else {}
+    config["chat_template"] = template
+    core.write_whole(ours, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(), sync)
+    (out / "chat_template.jinja").unlink(missing_ok=True)
+    return ["tokenizer_config.json"]
+
+
+def _manifest(
+    plan: ApplyPlan, report: ApplyReport, rows: list[WrittenTensor], files: dict[str, str | None]
+) -> Json:
+    out, options = plan.out, plan.options
+    folders, template = plan.operands.folders, options.get("chat_template_from")
+    digests: list[dict[str, str]] = [{} for _ in folders]
+    for row in rows:
+        for operand, name, digest in row["inputs"]:
+            if digest is not None:
+                digests[operand][name] = digest
+    inputs: list[Json] = [
+        {"path": relative(folder.path, out), "kind": _kind(folder), "tensors": tensors}
+        for folder, tensors in zip(folders, digests, strict=True)
+    ]
+    return {
+        "format": 1,
+        "reasonvec": core.version(),
+        "recipe": str(plan.point),
+        "target": 0,
+        "terms": [_term(scaled, plan.operands) for scaled in plan.point.vector.terms],
+        "options": {
+            "vocab": options.get("vocab", "strict"),
+            "missing": options.get("missing", "error"),
+            "map_prefix": [list(pair) for pair in options.get("map_prefix", ())],
+            "out_dtype": options.get("out_dtype"),
+            "allow_nonfinite": options.get("allow_nonfinite", False),
+            "chat_template_from": None if template is None else relative(template, out),
+        },
+        "digest": options.get("digest", "xxh3-128"),
+        "inputs": inputs,
+        "output": {
+            "tensors": {
+                t.name: {
+                    "file": t.file,
+                    "dtype": t.dtype,
+                    "shape": list(t.shape),
+                    "digest": t.digest,
+                    "coefficients": list(t.coefficients),
+                }
+                for t in report.tensors
+            },
+            "files": files,
+        },
+        "undo": UNDO if options.get("keep_undo", False) else None,
+        "report": report.as_json() | {"path": None},
+    }
+
+
+def _kind(folder: CheckpointFolder | VectorFolder) -> str:
+    return "checkpoint" if isinstance(folder, CheckpointFolder) else "vector"
+
+
+def _term(scaled: Scaled, operands: Operands) -> Json:
+    leaf = scaled.leaf
+    parts: Json = (
+        {"positive": operands.number(leaf.positive), "negative": operands.number(leaf.negative)}
+        if isinstance(leaf, Difference)
+        else {"vector": operands.number(leaf)}
+    )
+    return {"text": scaled.text} | parts
+
+
+def _store_undo(plan: ApplyPlan, *, sync: bool) -> None:
+    """The exact vector from the output back to the target, and the target's own headers and config
+    where the output's differ."""
+    from reasonvec.extract import ExtractOptions, write_vector
+
+    out, target = plan.out, plan.point.base
+    way_back = Vector([Scaled(Difference(target, CheckpointFolder(out)))])
+    folder = out / UNDO
+    folder.mkdir(exist_ok=True)
+    run: ExtractOptions = {"sync": sync}
+    for key in ("threads", "memory_budget", "progress"):
+        if key in plan.options:
+            run[key] = plan.options[key]
+    write_vector(way_back, folder, run, checked=False, card=False, destination=False)
+    if plan.options.get("out_dtype") is not None:
+        for file in target.handle.shards():
+            path = target.folder / file
+            with path.open("rb") as shard:
+                length = int.from_bytes(shard.read(8), "little")
+                core.write_whole(folder / f"{file}.header", shard.read(length), sync)
+        for name in ("config.json", target.handle.index):
+            if name is not None and (target.folder / name).is_file():
+                core.copy_whole(target.folder / name, folder / name, sync)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        if plan.options.get("chat_template_from") is not None and (target.folder / name).is_file():
+            core.copy_whole(target.folder / name, folder / name, sync)
