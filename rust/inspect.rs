@@ -241,30 +241,30 @@ fn sum_max<W: Work>(sum: &Measured, i: usize) -> W {
 ///
 /// # Errors
 /// As [`measure`].
-pub fn values(
+pub fn values<W: Work>(
     terms: &[TermPlan],
     name: &str,
     elements: u64,
     range: std::ops::Range<u64>,
     operands: Operands<'_>,
     control: &Control,
-) -> Result<Vec<f32>> {
+) -> Result<Vec<W>> {
     let level = Level::current()?;
     if range.start > range.end || range.end > elements {
         return Err(Error::mismatch(name, format!("elements {}..{} of {elements}", range.start, range.end)));
     }
     let mut terms: Vec<Term> = terms.iter().map(|t| operands.term(t, name, elements)).collect::<Result<_>>()?;
-    scale_noise(noises(name, elements, false, &mut terms), true, &Settings::default(), control)?;
+    scale_noise(noises(name, elements, size_of::<W>() == 8, &mut terms), true, &Settings::default(), control)?;
     let pool = Pool::default();
-    let mut out = vec![0f32; (range.end - range.start) as usize];
+    let mut out = vec![W::ZERO; (range.end - range.start) as usize];
     // Block by block, because controls are defined on blocks.
     let mut at = range.start;
     while at < range.end {
         let end = ((at / BLOCK + 1) * BLOCK).min(range.end);
         let into = (at - range.start) as usize..(end - range.start) as usize;
-        let mut readers: Vec<Reader<'_, f32>> = Vec::with_capacity(terms.len());
+        let mut readers: Vec<Reader<'_, W>> = Vec::with_capacity(terms.len());
         for term in &terms {
-            readers.push(term.open::<f32>(at..end, &pool)?);
+            readers.push(term.open::<W>(at..end, &pool)?);
         }
         for (i, reader) in readers.iter_mut().enumerate() {
             reader.add(level, &mut out[into.clone()], at..end, i == 0)?;

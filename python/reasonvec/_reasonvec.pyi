@@ -232,9 +232,10 @@ def values(
     start: SupportsIndex,
     stop: SupportsIndex,
     operands: Sequence[Checkpoint | VectorFolder],
+    double: bool = False,
 ) -> Tensor:
     """
-    Elements `start..stop` of a sum of terms, as F32.
+    Elements `start..stop` of a sum of terms, as F32, or as F64 if `double`.
     """
 
 def verify_vector(

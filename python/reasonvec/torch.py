@@ -147,7 +147,9 @@ def _add_tensor(
     text = json.dumps(terms)
     for start in range(0, n, _CHUNK):
         stop = min(start + _CHUNK, n)
-        update = from_dlpack(core.values(text, name, n, start, stop, operands.handles))
+        update = from_dlpack(
+            core.values(text, name, n, start, stop, operands.handles, tensor.dtype == torch.float64)
+        )
         update = update.to(flat.device)
         old = flat[start:stop]
         wide = torch.float64 if old.dtype == torch.float64 else torch.float32

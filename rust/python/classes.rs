@@ -84,7 +84,7 @@ impl Checkpoint {
             }
             maps[shard].clone()
         };
-        let storage = map.map_or(Storage::Owned(Vec::new()), Storage::Mapped);
+        let storage = map.map_or(Storage::Single(Vec::new()), Storage::Mapped);
         Ok(Tensor::new(storage, view.entry.begin as usize, view.dtype(), view.entry.shape))
     }
 

@@ -21,6 +21,7 @@ mod _reasonvec {
     use super::classes::{opened, parse};
     use super::enter::{enter, fail};
     use super::tensor::Storage;
+    use crate::dtype::Dtype;
     use crate::merge;
     use crate::plan::{Operands, Settings, TermPlan};
     use crate::simd::Level;
@@ -104,9 +105,10 @@ mod _reasonvec {
         report(py, &rows)
     }
 
-    /// Elements `start..stop` of a sum of terms, as F32.
+    /// Elements `start..stop` of a sum of terms, as F32, or as F64 if `double`.
     #[pyfunction]
-    #[pyo3(signature = (terms, name, elements, start, stop, operands: "Sequence[Checkpoint | VectorFolder]"))]
+    #[pyo3(signature = (terms, name, elements, start, stop, operands: "Sequence[Checkpoint | VectorFolder]", double=false))]
+    #[allow(clippy::too_many_arguments, reason = "one call a chunk, not an object to keep")]
     fn values(
         py: Python<'_>,
         terms: &str,
@@ -115,14 +117,21 @@ mod _reasonvec {
         start: u64,
         stop: u64,
         operands: Vec<Py<PyAny>>,
+        double: bool,
     ) -> PyResult<Tensor> {
         let terms: Vec<TermPlan> = parse(py, terms)?;
         let operands = opened(py, &operands)?;
-        let values = enter(py, None, |control| {
-            inspect::values(&terms, name, elements, start..stop, Operands(&operands), control)
+        let operands = Operands(&operands);
+        let storage = enter(py, None, |control| {
+            let range = start..stop;
+            Ok(if double {
+                Storage::Double(inspect::values(&terms, name, elements, range, operands, control)?)
+            } else {
+                Storage::Single(inspect::values(&terms, name, elements, range, operands, control)?)
+            })
         })?;
-        let shape = vec![values.len() as u64];
-        Ok(Tensor::new(Storage::Owned(values), 0, crate::dtype::Dtype::F32, shape))
+        let dtype = if double { Dtype::F64 } else { Dtype::F32 };
+        Ok(Tensor::new(storage, 0, dtype, vec![stop - start]))
     }
 
     /// Exact counts of the elements that differ between two checkpoints.
@@ -169,7 +178,7 @@ mod _reasonvec {
         let algorithm = parse_algorithm(py, algorithm)?;
         enter(py, None, |_| {
             let map = std::sync::Arc::new(FileMap::open(&path)?);
-            let whole = TensorView::at(&map, "", crate::dtype::Dtype::U8, 0, map.len());
+            let whole = TensorView::at(&map, "", Dtype::U8, 0, map.len());
             algorithm.digest_tensor(&whole, &Pool::default())
         })
     }

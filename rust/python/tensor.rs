@@ -14,7 +14,9 @@ pub(super) enum Storage {
     /// In a private mapping of a shard.
     Mapped(Arc<memmap2::MmapMut>),
     /// In memory, computed.
-    Owned(Vec<f32>),
+    Single(Vec<f32>),
+    /// The same in f64.
+    Double(Vec<f64>),
 }
 
 /// Bytes of a shard (or computed values) with a dtype and a shape.
@@ -38,7 +40,8 @@ impl Inner {
     fn data(&self) -> *mut c_void {
         match &self.storage {
             Storage::Mapped(map) => map[self.offset..].as_ptr().cast_mut().cast(),
-            Storage::Owned(values) => values.as_ptr().cast_mut().cast(),
+            Storage::Single(values) => values.as_ptr().cast_mut().cast(),
+            Storage::Double(values) => values.as_ptr().cast_mut().cast(),
         }
     }
 

@@ -35,6 +35,22 @@ def stored(dtype: str, bits: NDArray[np.generic], shape: Sequence[int] | None = 
     return Stored(dtype, tuple(bits.shape if shape is None else shape), bits.tobytes())
 
 
+def numbers(dtype: str, seed: int) -> Stored:
+    """Finite numbers of every size that a float format has, zeros of both signs among them."""
+    size = SIZE[dtype]
+    kind = np.dtype(f"<u{size}")
+    dice = np.random.default_rng(seed)
+    bits = dice.integers(0, 2 ** (8 * size), 4099, dtype=kind)
+    mantissa = {"BF16": 7, "F16": 10, "F32": 23, "F64": 52}[dtype]
+    exponent = {"BF16": 8, "F16": 5, "F32": 8, "F64": 11}[dtype]
+    # The highest bit of the exponent goes, so that nothing is infinite and no sum overflows.
+    bits &= kind.type((1 << (8 * size)) - 1 - (1 << (mantissa + exponent - 1)))
+    bits[:64] = 0
+    bits[64:128] = 1 << (8 * size - 1)
+    dice.shuffle(bits)
+    return stored(dtype, bits)
+
+
 def write_shard(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
     """One safetensors file, its tensors in the order given."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shards import SIZE, Stored, contents, stored, write_checkpoint
+from shards import Stored, contents, numbers, read_checkpoint, stored, write_checkpoint
 
 import reasonvec as rv
 from reasonvec._reasonvec import journal_name
 from reasonvec.apply import ApplyOptions
 from reasonvec.family import Family
 from reasonvec.undo import undo
+from reasonvec.verify import verify
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 COUNTER = "model.counter"
@@ -166,19 +167,40 @@ def test_a_template_in_a_file_of_its_own(family: Family, tmp_path: Path) -> None
     assert the_same(tmp_path / "back", family.instruct)
 
 
-def numbers(dtype: str, seed: int) -> Stored:
-    """Finite numbers of every size that the format has, zeros of both signs among them."""
-    size = SIZE[dtype]
-    kind = {2: np.uint16, 4: np.uint32, 8: np.uint64}[size]
-    bits = np.random.default_rng(seed).integers(0, 2 ** (8 * size), 4099, dtype=kind)
-    mantissa = {"BF16": 7, "F16": 10, "F32": 23, "F64": 52}[dtype]
-    exponent = {"BF16": 8, "F16": 5, "F32": 8, "F64": 11}[dtype]
-    # The highest bit of the exponent goes, so that nothing is infinite and no sum overflows.
-    bits &= kind(~(1 << (mantissa + exponent - 1)) & (2 ** (8 * size) - 1))
-    bits[:64] = 0
-    bits[64:128] = 1 << (8 * size - 1)
-    np.random.default_rng(seed + 1).shuffle(bits)
-    return stored(dtype, bits)
+def test_a_template_in_a_field_instead_of_a_file(family: Family, tmp_path: Path) -> None:
+    """The target's own file would win over the field, so the output does without it."""
+    target = shutil.copytree(family.instruct, tmp_path / "target")
+    (target / "chat_template.jinja").write_text("{{ messages }}")
+    before = contents(target)
+    vector = rv.open(family.rl) - rv.open(family.sft)
+    (rv.open(target) + vector).save(
+        tmp_path / "out", chat_template_from=family.sft, keep_undo=True, sync=False
+    )
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+    assert verify(tmp_path / "out").damage == []
+    shutil.rmtree(target)
+    assert undo(tmp_path / "out", tmp_path / "back", sync=False).origin == "residual"
+    assert contents(tmp_path / "back") == before
+
+
+def test_the_index_counts_bytes(tmp_path: Path) -> None:
+    """`total_size` after a change of dtype, with tensors of every width."""
+    tensors = {
+        NAME: numbers("BF16", 0),
+        COUNTER: stored("I64", np.arange(7)),
+        "flag": stored("BOOL", np.ones(5, bool)),
+        "codes": stored("U8", np.arange(3, dtype=np.uint8)),
+        "steps": stored("I32", np.arange(3, dtype=np.int32)),
+    }
+    shards = [[NAME], [name for name in tensors if name != NAME]]
+    target = write_checkpoint(tmp_path / "t", tensors, config=CONFIG, shards=shards)
+    path = target / "model.safetensors.index.json"
+    index = json.loads(path.read_bytes())
+    path.write_text(json.dumps(index | {"metadata": {"total_size": 0}}))
+    opened = rv.open(target)
+    (opened + (opened - opened)).save(tmp_path / "out", out_dtype="float32", sync=False)
+    found = json.loads((tmp_path / "out" / path.name).read_bytes())["metadata"]["total_size"]
+    assert found == sum(len(t.data) for t in read_checkpoint(tmp_path / "out").values())
 
 
 def points(folder: Path, dtype: str, more: Mapping[str, Stored]) -> list[Path]:
