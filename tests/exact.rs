@@ -340,7 +340,8 @@ fn every_form_is_taken_and_every_form_is_exact() {
         for tensor in &cases {
             let terms: Vec<TermPlan> = serde_json::from_value(json!([stored(1.0, 3, tensor.name)])).unwrap();
             let operands = Operands(&family.operands);
-            let u = reasonvec::inspect::values(&terms, tensor.name, N, 0..N, operands, &Control::default());
+            let u: Vec<f32> =
+                reasonvec::inspect::values(&terms, tensor.name, N, 0..N, operands, &Control::default()).unwrap();
             let expected: Vec<f32> = (0..N)
                 .map(|i| {
                     let [p, n] =
@@ -348,7 +349,7 @@ fn every_form_is_taken_and_every_form_is_exact() {
                     if tensor.dtype == Dtype::F64 { (p - n) as f32 } else { p as f32 - n as f32 }
                 })
                 .collect();
-            assert_eq!(u.unwrap(), expected, "{} {choice}", tensor.name);
+            assert_eq!(u, expected, "{} {choice}", tensor.name);
         }
     }
 }

@@ -123,6 +123,8 @@ fn outcomes(folder: &Path) -> BTreeMap<String, String> {
                 let plan = apply_plan(&through, target, 0, how(threads, budget), |name| vec![stored(0.8, 1, name)]);
                 apply(&plan, &with).unwrap();
                 note("the stored vector's file".into(), file_digest(&through.join("model.safetensors")), &run);
+                // An open file keeps its folder alive on some systems.
+                drop(with);
                 remove(&through);
                 remove(&out);
             }
@@ -455,6 +457,25 @@ fn a_sum_that_does_not_fit_is_an_error() {
         }
         other => panic!("{other}"),
     }
+}
+
+#[test]
+fn a_number_that_does_not_fit_a_smaller_format_is_an_error_too() {
+    let family = spoiled(5000, Dtype::F32, |[.., t]| t.set(4097, narrow(Dtype::F32, 70_000.0)));
+    let mut plan = apply_plan(&family.path("out"), family.checkpoint(2), 2, how(1, MIB), |_| Vec::new());
+    plan.shards[0].header_of = None;
+    plan.shards[0].tensors[0].dtype = "F16".into();
+    match apply(&plan, &family.operands).unwrap_err() {
+        Error::NonFinite { path, tensor, index, .. } => {
+            assert_eq!((path, tensor.as_str(), index), (family.path("t").join("model.safetensors"), "w", 4097));
+        }
+        other => panic!("{other}"),
+    }
+    plan.shards[0].tensors[0].dtype = "BF16".into();
+    plan.settings.resume = false;
+    apply(&plan, &family.operands).unwrap();
+    let out = &contents(&family.path("out"))["w"];
+    assert_eq!([0, 4097].map(|i| widen(Dtype::BF16, common::element(Dtype::BF16, out, i))), [1.0, 70_144.0]);
 }
 
 #[test]

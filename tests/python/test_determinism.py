@@ -61,7 +61,11 @@ def every_way(
 ) -> None:
     """Runs something with all settings, each with each or (not `crossed`) threads along with budgets,
     and asserts that every byte is the same."""
-    how = list(itertools.product(THREADS, BUDGETS)) if crossed else list(zip(THREADS, BUDGETS, strict=True))
+    how = (
+        list(itertools.product(THREADS, BUDGETS))
+        if crossed
+        else list(zip(THREADS, BUDGETS, strict=True))
+    )
     first = run({"threads": 1, "memory_budget": BUDGETS[0]})
     for level, (threads, budget) in itertools.product(rv.simd_levels(), how):
         patch.setenv("REASONVEC_SIMD", level)

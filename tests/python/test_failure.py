@@ -165,7 +165,9 @@ def test_killed_runs_resume_to_the_same_bytes(many: Family, tmp_path: Path) -> N
                 assert content == wanted[name], name
             if (out / "reasonvec.json").exists():
                 assert contents(out) == wanted
-            found = {name: t for f in out.glob("*.safetensors") for name, t in read_shard(f).items()}
+            found = {
+                name: t for f in out.glob("*.safetensors") for name, t in read_shard(f).items()
+            }
             assert {name: digest_of(tensor) for name, tensor in found.items()} == digests
             shutil.rmtree(out)
     assert unfinished >= 6
@@ -185,11 +187,16 @@ def test_killed_extractions_are_done_again(many: Family, tmp_path: Path) -> None
         for run, share in enumerate([0.0, *(dice.random() for _ in range(4)), 1.0]):
             out = tmp_path / f"killed{run}"
             child = begin(many, out, "vector")
-            begun, whole = out / "vector_model-00001.safetensors.partial", out / "vector_model.safetensors"
+            begun, whole = (
+                out / "vector_model-00001.safetensors.partial",
+                out / "vector_model.safetensors",
+            )
             hurt(
                 child,
                 signal.SIGKILL,
-                lambda n=size * share, begun=begun, whole=whole: size_of(begun) >= n or whole.exists(),
+                lambda n=size * share, begun=begun, whole=whole: (
+                    size_of(begun) >= n or whole.exists()
+                ),
             )
             child.communicate()
             assert_whole(out, wanted)
@@ -486,7 +493,7 @@ def nobody() -> Iterator[None]:
 def public(family: Family) -> Iterator[Path]:
     """A folder that everybody can enter, with a copy of the family."""
     with tempfile.TemporaryDirectory() as place:
-        os.chmod(place, 0o755)
+        Path(place).chmod(0o755)
         for name in ("sft", "rl", "instruct"):
             shutil.copytree(getattr(family, name), Path(place, name))
         yield Path(place)
@@ -592,7 +599,7 @@ def test_overwrite_removes_only_what_it_wrote(own: Family, tmp_path: Path) -> No
     out = tmp_path / "out"
     other = make_family(tmp_path / "other", shard_bytes=1 << 30)
     (rv.open(other.instruct) + donors(own)).save(out, keep_undo=True)
-    with pytest.raises(rv.ReasonvecError, match="is not empty; .*--overwrite"):
+    with pytest.raises(rv.ReasonvecError, match=r"is not empty; .*--overwrite"):
         point(own).save(out)
     (out / "notes.txt").write_text("mine")
     (out / "runs").mkdir()
@@ -670,7 +677,7 @@ def test_a_process_that_flushes_subnormals_is_refused(family: Family, tmp_path: 
             lambda: donors(family).save(tmp_path / "reason"),
             lambda: donors(family).inspect(),
         ):
-            with pytest.raises(rv.ReasonvecError, match="flushes subnormal .*set_flush_denormal"):
+            with pytest.raises(rv.ReasonvecError, match=r"flushes subnormal .*set_flush_denormal"):
                 run()
     finally:
         torch.set_flush_denormal(False)

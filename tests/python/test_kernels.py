@@ -24,8 +24,8 @@ import reasonvec as rv
 from reasonvec import reference as ref
 from reasonvec.algebra import Vector
 from reasonvec.apply import OutDtype
-from reasonvec.reference import BLOCK, MICRO, NOT_WIDE, Bits, Dtype, Wide, Work, WorkDtype
 from reasonvec.measure import Measured, Quantities, measure
+from reasonvec.reference import BLOCK, MICRO, NOT_WIDE, Bits, Dtype, Wide, Work, WorkDtype
 from reasonvec.rounding import Rounding
 from reasonvec.terms import Operands, leaf_layout, vector_quantity
 
@@ -86,7 +86,8 @@ cases = st.builds(
     target=st.sampled_from(FLOATS),
     out=st.sampled_from([None, None, *OUT]),
     terms=st.lists(terms, min_size=1, max_size=3).map(tuple),
-    sizes=st.just(SMALL_SIZES) | st.lists(st.integers(1, 40), min_size=1, max_size=2, unique=True).map(tuple),
+    sizes=st.just(SMALL_SIZES)
+    | st.lists(st.integers(1, 40), min_size=1, max_size=2, unique=True).map(tuple),
     patterns=patterns,
     seed=st.integers(0, 2**64 - 1),
     finite=st.booleans(),
@@ -193,9 +194,7 @@ def vector_of(case: Case, folder: Path, i: int) -> Vector:
     return term.alpha * vector
 
 
-def value_of(
-    case: Case, bits: Inputs, i: int, size: int, work: WorkDtype
-) -> tuple[Work, Wide]:
+def value_of(case: Case, bits: Inputs, i: int, size: int, work: WorkDtype) -> tuple[Work, Wide]:
     """What a term gives to one tensor before its coefficient, by the reference."""
     term, p, n = case.terms[i], bits[f"p{i}"][size], bits[f"n{i}"][size]
     wide = NOT_WIDE
@@ -224,9 +223,7 @@ def formats_of(term: Term, bits: Inputs, i: int, size: int) -> list[Dtype]:
     return [term.positive, term.negative]
 
 
-def expected(
-    case: Case, bits: Inputs, size: int
-) -> tuple[Bits, ref.Rounding | None]:
+def expected(case: Case, bits: Inputs, size: int) -> tuple[Bits, ref.Rounding | None]:
     """The output of one tensor and its rounding report, by the reference."""
     t, out = bits["t"][size], OUT[case.out] or case.target
     used = [i for i, term in enumerate(case.terms) if term.alpha != 0]
@@ -411,7 +408,9 @@ def check_row(
     assert (row["wide"], row["inexact"], row["elements"]) == (wide.at.size, inexact, v.size)
 
 
-def check_extract(case: Case, encoding: Literal["auto", "dense", "sparse"], bits: Inputs | None = None) -> None:
+def check_extract(
+    case: Case, encoding: Literal["auto", "dense", "sparse"], bits: Inputs | None = None
+) -> None:
     """Saves a sum of vectors every way, and compares all that is stored with the reference."""
     bits = inputs_of(case) if bits is None else bits
     with tempfile.TemporaryDirectory() as place:
@@ -494,7 +493,8 @@ def measured(case: Case, folder: Path) -> list[Measured]:
     first = leaf_layout(vectors[0].terms[0].leaf)
     quantities = [vector_quantity(vector, first, operands)[0] for vector in vectors]
     tensors = [
-        Quantities(name_of(size), size, [q[name_of(size)] for q in quantities]) for size in case.sizes
+        Quantities(name_of(size), size, [q[name_of(size)] for q in quantities])
+        for size in case.sizes
     ]
     return measure(tensors, operands, {"threads": 2}, allow_nonfinite=not case.finite)
 
@@ -520,7 +520,9 @@ def check_measured(case: Case, bits: Inputs, size: int, row: Measured) -> None:
 
 
 def tokenizer(tokens: list[str]) -> str:
-    return json.dumps({"model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": []}})
+    return json.dumps(
+        {"model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": []}}
+    )
 
 
 @settings(PROPERTY, max_examples=15)
@@ -537,7 +539,13 @@ def test_rows_matched_by_token_are_a_brute_force(
     """Under match-tokens every row gets the delta of its own token, and no other row changes."""
     width = 30_000  # a run of rows begins and ends inside blocks
     ours, theirs = [f"t{i}" for i in range(2, 12)], [f"t{i}" for i in order]
-    case = Case(t_dtype, None, (Term(dtype, dtype, 0.7, None, encoding),), (11 * width, 13 * width), seed=seed)
+    case = Case(
+        t_dtype,
+        None,
+        (Term(dtype, dtype, 0.7, None, encoding),),
+        (11 * width, 13 * width),
+        seed=seed,
+    )
     bits = inputs_of(case)
     t, (p, n) = bits["t"][11 * width], (bits[r][13 * width] for r in ("p0", "n0"))
     name = "model.embed_tokens.weight"
@@ -555,7 +563,11 @@ def test_rows_matched_by_token_are_a_brute_force(
         found = []
         for i, (level, read) in enumerate(ways()):
             with environment(level, read=read):
-                vector = rv.load(folder / "v") if encoding else rv.open(folder / "p") - rv.open(folder / "n")
+                vector = (
+                    rv.load(folder / "v")
+                    if encoding
+                    else rv.open(folder / "p") - rv.open(folder / "n")
+                )
                 (rv.open(folder / "t") + 0.7 * vector).save(
                     folder / f"out{i}", vocab="match-tokens", sync=False, threads=2
                 )
@@ -599,7 +611,9 @@ def test_the_first_number_that_is_not_finite_is_named(
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_inputs(case, bits, folder)
-        where = f"{folder / role / 'model.safetensors'}: tensor w{MICRO + 17}: element {min(places)} is"
+        where = (
+            f"{folder / role / 'model.safetensors'}: tensor w{MICRO + 17}: element {min(places)} is"
+        )
         where = f"{re.escape(where)} -?{value.strip('-')}"
         vector, point = vector_of(case, folder, 0), rv.open(folder / "t")
         with pytest.raises(rv.NonFiniteError, match=f"(?i){where}"):

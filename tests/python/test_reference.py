@@ -255,7 +255,9 @@ def literal_dot(a: list[float], b: list[float]) -> float:
         for micro in range(block, min(block + BLOCK, len(a)), MICRO):
             lanes = [0.0] * 16
             for group in range(micro, min(micro + MICRO, block + BLOCK, len(a)), 64):
-                product = [x * y for x, y in zip(a[group : group + 64], b[group : group + 64], strict=True)]
+                product = [
+                    x * y for x, y in zip(a[group : group + 64], b[group : group + 64], strict=True)
+                ]
                 product += [0.0] * (64 - len(product))
                 for j in range(16):
                     lanes[j] += (product[j] + product[j + 16]) + (product[j + 32] + product[j + 48])
@@ -267,7 +269,9 @@ def literal_dot(a: list[float], b: list[float]) -> float:
     return total
 
 
-@pytest.mark.parametrize("n", [0, 1, 15, 17, 65, MICRO - 1, MICRO + 33, BLOCK, 2 * BLOCK + MICRO + 5])
+@pytest.mark.parametrize(
+    "n", [0, 1, 15, 17, 65, MICRO - 1, MICRO + 33, BLOCK, 2 * BLOCK + MICRO + 5]
+)
 def test_fixed_dot_is_its_definition(n: int) -> None:
     """The vectorised sum has the bits of the one-by-one sum, on ends of every kind."""
     a, b = np.random.default_rng(n).normal(size=(2, n)) * 1e2
@@ -631,7 +635,11 @@ def test_statistics_are_their_definitions(rows: list[tuple[float, float]]) -> No
     assert size.norm == pytest.approx(math.sqrt(math.fsum(x * x for x, _ in rows)))
     both = ref.pair(a, b)
     assert both.dot == ref.fixed_dot(a, b)
-    assert both.dot == pytest.approx(float(np.dot(a.astype(float), b)), rel=1e-5, abs=1e-6 * (1 + float(np.abs(a) @ np.abs(b).astype(float))))
+    assert both.dot == pytest.approx(
+        float(np.dot(a.astype(float), b)),
+        rel=1e-5,
+        abs=1e-6 * (1 + float(np.abs(a) @ np.abs(b).astype(float))),
+    )
     assert both.a_squared == ref.fixed_dot(a, a)
     assert both.b_squared == ref.fixed_dot(b, b)
     assert both.overlap == sum(x != 0 and y != 0 for x, y in rows)
