@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, TypedDict
 
 from reasonvec import _reasonvec as core
-from reasonvec.algebra import Difference, Point
+from reasonvec.algebra import Point
 from reasonvec.compat.alignment import MissingPolicy
 from reasonvec.compat.layout import FLOATS
 from reasonvec.compat.problem import Problem, demand
@@ -248,7 +248,7 @@ def plan(point: Point, out: Path, options: ApplyOptions) -> ApplyPlan:
         for scaled in point.vector.terms
     ]
     problems = list(dict.fromkeys(p for term in placed for p in term.problems))
-    problems += _copy_problems(point)
+    problems += target.copy_problems
     problems += _template_problems(options.get("chat_template_from"))
     out_dtypes = _out_dtypes(target, options.get("out_dtype"))
 
@@ -352,29 +352,6 @@ def _out_dtypes(target: CheckpointFolder, asked: OutDtype | None) -> dict[str, s
     return {
         name: _DTYPES[asked] if info.dtype == main else info.dtype for name, info in tensors.items()
     }
-
-
-def _copy_problems(point: Point) -> list[Problem]:
-    """A tied model may list its head beside the embeddings it is tied to: equal, or wrong."""
-    folders: dict[int, CheckpointFolder] = {id(point.base): point.base}
-    for scaled in point.vector.terms:
-        if isinstance(scaled.leaf, Difference):
-            for folder in (scaled.leaf.positive, scaled.leaf.negative):
-                folders[id(folder)] = folder
-    problems = []
-    for folder in folders.values():
-        for copy, original in folder.layout.copies().items():
-            pair = core.digest_tensors(
-                folder.handle, [copy, original], "xxh3-128", json.dumps(settings({}))
-            )
-            if pair[0] != pair[1]:
-                message = (
-                    f"{folder.path}: config.json ties {copy} to {original}, but the two differ in "
-                    "the files: untied against tied is never guessed; correct tie_word_embeddings "
-                    "or remove the tensor that is wrong"
-                )
-                problems.append(Problem("tied", message, copy))
-    return problems
 
 
 def _template_problems(folder: Path | None) -> list[Problem]:

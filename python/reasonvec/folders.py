@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from reasonvec import _reasonvec as core
 from reasonvec.compat.layout import Layout, TensorInfo
+from reasonvec.compat.problem import Problem
 from reasonvec.json_values import Json, objects_in, read_json
+from reasonvec.run import settings
 
 if TYPE_CHECKING:
     from reasonvec._reasonvec import Tensor
@@ -51,6 +54,24 @@ class CheckpointFolder:
         config = read_json(config_path) if config_path.is_file() else {}
         metadata = {k: v for shard in self.handle.shards() for k, v in self.handle.metadata(shard)}
         return Layout(self.folder, tensors, config, metadata)
+
+    @cached_property
+    def copy_problems(self) -> list[Problem]:
+        """A tied model may list its head beside the embeddings that it is tied to. Whether the two
+        are equal, as they must be, takes reading both."""
+        problems = []
+        for copy, original in self.layout.copies().items():
+            pair = core.digest_tensors(
+                self.handle, [copy, original], "xxh3-128", json.dumps(settings({}))
+            )
+            if pair[0] != pair[1]:
+                message = (
+                    f"{self.path}: config.json ties {copy} to {original}, but the two differ in "
+                    "the files: untied against tied is never guessed; correct tie_word_embeddings "
+                    "or remove the tensor that is wrong"
+                )
+                problems.append(Problem("tied", message, copy))
+        return problems
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, without a copy."""

@@ -138,6 +138,7 @@ def place_term(
             None if map_prefix else lambda name: alpha(name) != 0.0
         )
         problems += donor_problems(leaf.positive.layout, leaf.negative.layout, select=select)
+        problems += leaf.positive.copy_problems + leaf.negative.copy_problems
         negatives = negative_names(leaf)
     aligned = align(
         layout,
@@ -150,16 +151,15 @@ def place_term(
     problems += aligned.problems
     terms: dict[str, Json] = {}
     equal: dict[str, list[Json]] = {}
+    if isinstance(leaf, Difference):
+        of = negatives or {}
+        for name, exact in aligned.exact.items():
+            equal[name] = [
+                operands.ref(leaf.positive, exact),
+                operands.ref(leaf.negative, of.get(exact, exact)),
+            ]
     for name, placement in aligned.sources.items():
         if placement is None:
-            continue
-        if target.tensors[name].dtype not in FLOATS:
-            if isinstance(leaf, Difference):
-                of = negatives or {}
-                equal[name] = [
-                    operands.ref(leaf.positive, placement.name),
-                    operands.ref(leaf.negative, of.get(placement.name, placement.name)),
-                ]
             continue
         term: Json = {"coefficient": alpha(name)}
         term |= _placed(leaf, placement, operands, negatives)
@@ -231,6 +231,7 @@ def _add_term(
         if checked:
             positive, negative = leaf.positive.layout, leaf.negative.layout
             problems += donor_problems(positive, negative, select=lambda name: alpha(name) != 0.0)
+            problems += leaf.positive.copy_problems + leaf.negative.copy_problems
             if any(problem.severity == "error" for problem in problems):
                 return problems
         negatives = negative_names(leaf)

@@ -57,8 +57,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(tokens).logits
 
 
-def load(folder: Path) -> torch.nn.Module:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+def load(folder: Path, dtype: torch.dtype | str = "auto") -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 @pytest.mark.parametrize("tied", ["family", "untied_family"])
@@ -79,11 +79,11 @@ def test_logits_are_those_of_a_merge_in_torch(
 
     model = load(tmp_path / "out")
     assert model.dtype == dtype
-    by_hand = load(family.instruct).to(dtype)
+    by_hand = load(family.instruct, dtype)
     by_hand.load_state_dict(wanted, strict=False)
     by_hand.tie_weights()
     assert torch.equal(logits(model), logits(by_hand))
-    assert not torch.equal(logits(model), logits(load(family.instruct).to(dtype)))
+    assert not torch.equal(logits(model), logits(load(family.instruct, dtype)))
 
 
 def test_a_stored_vector_gives_the_same_model(family: Family, tmp_path: Path) -> None:
@@ -355,7 +355,8 @@ def test_a_tensor_of_another_dtype_keeps_it(
         found = read_checkpoint(out.path)
         assert found[name].dtype == "F32"
         wanted = values["instruct"] + np.float32(ALPHA) * (values["rl"] - values["sft"])
-        np.testing.assert_array_equal(found[name].bits.view(np.float32), wanted)
+        # A stored vector has second parts where f32 is too short, and is nearer to the truth there.
+        np.testing.assert_array_max_ulp(found[name].bits.view(np.float32), wanted, 1)
         others = {t.dtype for n, t in found.items() if n != name}
         assert others == {{None: "BF16", "float32": "F32", "float16": "F16"}[out_dtype]}
 
@@ -432,7 +433,7 @@ def test_a_stale_index_is_no_truth(own: Family, tmp_path: Path) -> None:
     path = own.instruct / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     files = sorted(set(index["weight_map"].values()))
-    index["weight_map"][EMBED] = files[-1]
+    index["weight_map"]["model.norm.weight"] = files[0]
     path.write_text(json.dumps(index))
     point(own).save(tmp_path / "out")
     assert set(read_checkpoint(tmp_path / "out")) == set(read_checkpoint(own.instruct))

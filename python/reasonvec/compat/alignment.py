@@ -27,11 +27,13 @@ MissingPolicy: TypeAlias = Literal["error", "skip"]
 
 @dataclass(frozen=True)
 class Alignment:
-    """For every target tensor a placement or None, for every None a reason, and every problem."""
+    """For every target tensor a placement or None, for every None a reason, and every problem;
+    and by target tensors that are not of floats, the vector tensors that must equal them."""
 
     sources: dict[str, Placement | None]
     untouched: dict[str, str]
     problems: list[Problem]
+    exact: dict[str, str]
 
     @property
     def errors(self) -> list[Problem]:
@@ -98,6 +100,7 @@ class _Aligner:
         readers: dict[str, str] = {}
         used: set[str] = set()
         refused: set[str] = set()
+        exact: dict[str, str] = {}
         read: Counter[str] = Counter()  # elements of a vector tensor that segments take
         for name, stored in self.pair.names.items():
             wanted = self.select(stored)
@@ -111,6 +114,8 @@ class _Aligner:
                 sources[stored], untouched[stored] = None, "not selected"
                 continue
             problems += found.problems
+            if found.exact is not None:
+                exact[stored] = found.exact
             sources[stored] = found.placement
             if found.placement is None:
                 untouched[stored] = found.reason
@@ -126,7 +131,7 @@ class _Aligner:
         problems += self._unused(used)
         problems += self._unread(read, refused)
         order = {name: sources[name] for name in target.tensors}
-        return Alignment(order, untouched, list(dict.fromkeys(problems)))
+        return Alignment(order, untouched, list(dict.fromkeys(problems)), exact)
 
     def _place(self, name: str, wanted: bool) -> Found:
         info = self.pair.target.tensors[self.pair.names[name]]
@@ -158,7 +163,8 @@ class _Aligner:
                 "format"
             )
             return self.pair.refuse("dtype", message, info, source)
-        return Found(reason=f"{info.dtype} is passed through, not added to", used={source})
+        reason = f"{info.dtype} is passed through, not added to"
+        return Found(reason=reason, used={source}, exact=None if delta is None else delta.name)
 
     def _missing(self, name: str, source: str, info: TensorInfo, wanted: bool) -> Found:
         if self.map_prefix and not any(name.startswith(ours) for ours, _ in self.map_prefix):

@@ -46,6 +46,7 @@ class Found:
     reason: str = ""
     problems: list[Problem] = field(default_factory=list)
     used: set[str] = field(default_factory=set)  # canonical vector names it accounts for
+    exact: str | None = None  # the vector tensor that must be equal, where nothing can be added
 
 
 class Pair:
