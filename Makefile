@@ -90,7 +90,7 @@ fmt: $(VENV)/.build
 	$(BIN)/ruff format .
 
 fuzz:
-	for target in header checkpoint vector; do (cd fuzz && cargo +nightly fuzz run $$target -- -max_total_time=60); done
+	cd fuzz && for target in $$(cargo +nightly fuzz list); do mkdir -p corpus/$$target && cargo +nightly fuzz run $$target corpus/$$target seeds/$$target -- -max_total_time=60 -timeout=10; done
 
 clean:
 	rm -rf $(VENV) target demo benches/.cache

@@ -305,7 +305,8 @@ impl Element for f32 {
     }
     #[inline(always)]
     fn load(bytes: &[u8]) -> Self {
-        Self::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+        // Not byte by byte: compilers see one load in this.
+        Self::from_le_bytes(*bytes.first_chunk().unwrap_or(&[0; 4]))
     }
     #[inline(always)]
     fn store(self, bytes: &mut [u8]) {
@@ -347,7 +348,7 @@ impl Element for f64 {
     }
     #[inline(always)]
     fn load(bytes: &[u8]) -> Self {
-        Self::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]])
+        Self::from_le_bytes(*bytes.first_chunk().unwrap_or(&[0; 8]))
     }
     #[inline(always)]
     fn store(self, bytes: &mut [u8]) {

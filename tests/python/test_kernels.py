@@ -464,7 +464,7 @@ def test_extract_every_16_bit_pattern(
 def test_extract_tensors_of_several_blocks(dtype: Dtype) -> None:
     """Counts before each block, escapes and second parts cross the ends of blocks."""
     for encoding in ("auto", "dense", "sparse"):
-        check_extract(Case(dtype, None, (Term(dtype, dtype),), LARGE_SIZES), encoding)
+        check_extract(Case(dtype, None, (Term(dtype, dtype),), LARGE_SIZES[2:]), encoding)
 
 
 # Measures
@@ -525,7 +525,7 @@ def tokenizer(tokens: list[str]) -> str:
     )
 
 
-@settings(PROPERTY, max_examples=15)
+@settings(PROPERTY, max_examples=8)
 @given(
     st.permutations(range(12)),
     st.sampled_from(FLOATS),
