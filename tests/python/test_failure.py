@@ -32,8 +32,12 @@ JOURNAL = ".reasonvec-journal"
 EMBED = "model.embed_tokens.weight"
 # What a child does. Noise takes long to draw: the run is slow enough to be hurt at any stage of it.
 CHILD = """
+import signal
 import sys
 import reasonvec as rv
+
+# Whoever runs the tests in the background leaves Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 target, rl, sft, out, kind = sys.argv[1:]
 noise = (rv.open(rl) - rv.open(sft)).control("random", seed=3)
