@@ -102,14 +102,15 @@ pub fn measure(plan: &MeasurePlan, operands: Operands<'_>, control: &Control) ->
     let (mut per_block, mut bytes) = (0, 0u64);
     for t in &plan.tensors {
         let mut quantities = Vec::with_capacity(t.quantities.len());
+        let mut double = false;
         for q in &t.quantities {
             let mut terms: Vec<Term> =
                 q.iter().map(|term| operands.term(term, &t.name, t.elements)).collect::<Result<_>>()?;
+            double |= terms.iter().any(Term::is_double);
             terms.retain(|t| !t.sources().iter().all(|s| s.is_zero()));
             quantities.push(terms);
         }
         let terms = || quantities.iter().flatten();
-        let double = terms().any(Term::is_double);
         let work = if double { 8 } else { 4 };
         let held = terms().map(|t| t.memory().0).sum::<u64>() + work * quantities.len() as u64;
         per_block = per_block.max(held * BLOCK + terms().map(|t| t.memory().1).sum::<u64>());
