@@ -541,6 +541,8 @@ impl Substitute {
 const ADVICE: &str =
     "fix the checkpoint, leave the tensor out with --exclude, or pass --allow-nonfinite if it is meant";
 
+const TOO_FAR: &str = "after the other donor was subtracted, both of which are finite there: they are no two checkpoints of one model, or one is damaged";
+
 /// The first NaN or infinity among some elements of tensors and terms, as the error that names it.
 ///
 /// # Errors
@@ -576,7 +578,10 @@ pub fn first_nonfinite<W: Work>(
             let here = &values[(wanted.start - block.start) as usize..];
             if let Some(i) = here.iter().position(|v| !v.is_finite()) {
                 let index = wanted.start + i as u64;
-                consider(&mut first, index, || nonfinite(term.path(), name, index, here[i].to_f64()));
+                // What is wrong in a donor itself was found above.
+                let made = !term.sources().iter().any(|s| matches!(s, Source::Stored(_)));
+                let advice = if made { TOO_FAR } else { ADVICE };
+                consider(&mut first, index, || nonfinite(term.path(), name, index, here[i].to_f64(), advice));
             }
             at = block.end;
         }
@@ -591,8 +596,8 @@ fn consider(first: &mut Option<(u64, Error)>, index: u64, error: impl FnOnce() -
     }
 }
 
-fn nonfinite(path: PathBuf, tensor: &str, index: u64, value: f64) -> Error {
-    Error::NonFinite { path, tensor: tensor.to_owned(), index, value: value.to_string(), advice: ADVICE }
+fn nonfinite(path: PathBuf, tensor: &str, index: u64, value: f64, advice: &'static str) -> Error {
+    Error::NonFinite { path, tensor: tensor.to_owned(), index, value: value.to_string(), advice }
 }
 
 /// Looks for a NaN or infinity among some elements, which stand at `place` in the output.
@@ -608,7 +613,7 @@ fn look_at_tensor(
         if let Some((i, e)) = bytes.chunks_exact(E::SIZE).map(E::load).enumerate().find(|(_, e)| !e.finite()) {
             let i = i as u64;
             let path = || view.map().path().to_path_buf();
-            consider(first, place + i, || nonfinite(path(), &view.entry.name, range.start + i, e.widen64()));
+            consider(first, place + i, || nonfinite(path(), &view.entry.name, range.start + i, e.widen64(), ADVICE));
         }
     });
     Ok(())

@@ -117,7 +117,7 @@ def read_checkpoint(folder: Path) -> dict[str, Stored]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file under a folder, by its path from there."""
     return {
-        str(path.relative_to(folder)): path.read_bytes()
+        path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }

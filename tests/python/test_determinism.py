@@ -70,6 +70,7 @@ def every_way(
     for level, (threads, budget) in itertools.product(rv.simd_levels(), how):
         patch.setenv("REASONVEC_SIMD", level)
         assert run({"threads": threads, "memory_budget": budget}) == first, (level, threads, budget)
+    assert run({"threads": 8, "memory_budget": 1}) == first
     patch.setenv("REASONVEC_IO", "read")
     for threads, budget in zip(THREADS, BUDGETS, strict=True):
         assert run({"threads": threads, "memory_budget": budget}) == first, (threads, budget)

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -28,8 +29,11 @@ from reasonvec import reference
 from reasonvec.algebra import Point, Vector
 from reasonvec.family import Family, make_family
 
+WINDOWS = sys.platform == "win32"
 JOURNAL = ".reasonvec-journal"
 EMBED = "model.embed_tokens.weight"
+# Whether threads begin with the floating-point mode of the thread that makes them.
+INHERITED = sys.platform == "linux"
 # What a child does. Noise takes long to draw: the run is slow enough to be hurt at any stage of it.
 CHILD = """
 import signal
@@ -125,11 +129,10 @@ def undisturbed(family: Family, out: Path, kind: str) -> dict[str, bytes]:
     return contents(out)
 
 
-def hurt(child: subprocess.Popen[str], signal_: signal.Signals, when: Callable[[], bool]) -> None:
-    """Sends a signal as soon as the child has come as far as `when` says."""
-    while child.poll() is None and not when():
+def wait(child: subprocess.Popen[str], until: Callable[[], bool]) -> None:
+    """Waits for a child to come as far as `until` says, or to an end."""
+    while child.poll() is None and not until():
         time.sleep(0.0005)
-    child.send_signal(signal_)
 
 
 def size_of(path: Path) -> int:
@@ -159,7 +162,8 @@ def test_killed_runs_resume_to_the_same_bytes(many: Family, tmp_path: Path) -> N
             # What is resumed is killed again, further on; beyond the last line, among the small files.
             for lines in sorted(dice.randrange(len(digests) + 20) for _ in range(2)):
                 child = begin(many, out, "point")
-                hurt(child, signal.SIGKILL, lambda n=lines, out=out: lines_of(out / JOURNAL) >= n)
+                wait(child, lambda n=lines, out=out: lines_of(out / JOURNAL) >= n)
+                child.kill()
                 child.communicate()
                 assert_whole(out, wanted)
                 unfinished += (out / JOURNAL).exists()
@@ -195,13 +199,8 @@ def test_killed_extractions_are_done_again(many: Family, tmp_path: Path) -> None
                 out / "vector_model-00001.safetensors.partial",
                 out / "vector_model.safetensors",
             )
-            hurt(
-                child,
-                signal.SIGKILL,
-                lambda n=size * share, begun=begun, whole=whole: (
-                    size_of(begun) >= n or whole.exists()
-                ),
-            )
+            wait(child, lambda n=share * size, b=begun, w=whole: size_of(b) >= n or w.exists())
+            child.kill()
             child.communicate()
             assert_whole(out, wanted)
             if (out / "vector_config.json").exists():
@@ -212,7 +211,7 @@ def test_killed_extractions_are_done_again(many: Family, tmp_path: Path) -> None
     assert unfinished >= 3
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a signal there is another thing")
+@pytest.mark.skipif(WINDOWS, reason="a signal there is another thing")
 @pytest.mark.parametrize("kind", ["point", "vector"])
 def test_ctrl_c_stops_at_once_and_cleanly(kind: str, many: Family, tmp_path: Path) -> None:
     """One KeyboardInterrupt, within a moment; the next run ends as if nothing had been."""
@@ -220,7 +219,8 @@ def test_ctrl_c_stops_at_once_and_cleanly(kind: str, many: Family, tmp_path: Pat
     out = tmp_path / "out"
     with untouched(many.instruct, many.rl, many.sft):
         child = begin(many, out, kind)
-        hurt(child, signal.SIGINT, lambda: out.exists() and len(contents(out)) > 1)
+        wait(child, lambda: out.exists() and len(list(out.iterdir())) > 1)
+        child.send_signal(signal.SIGINT)
         start = time.perf_counter()
         said, complained = child.communicate()
         assert time.perf_counter() - start < 5
@@ -257,7 +257,7 @@ def half_done(own: Family, tmp_path: Path) -> HalfDone:
     shards = sorted(path.name for path in own.instruct.glob("*.safetensors"))
     in_the_way = out / shards[-1]
     in_the_way.mkdir(parents=True)
-    with pytest.raises(IsADirectoryError) as caught:
+    with pytest.raises(OSError) as caught:  # noqa: PT011 - another class on Windows
         plan.run()
     assert caught.value.filename == str(in_the_way)
     in_the_way.rmdir()
@@ -471,7 +471,7 @@ def test_a_broken_checkpoint_is_refused_when_it_is_opened(own: Family, what: str
         "missing": (FileNotFoundError, "a shard of this checkpoint is missing; download it again"),
         "short": (rv.FormatError, "truncated or damaged: download it again"),
         "header": (rv.FormatError, "truncated one: download it again"),
-        "folder": (rv.FormatError, "expected a regular file"),
+        "folder": (PermissionError, "") if WINDOWS else (rv.FormatError, "expected a regular file"),
         "empty": (rv.FormatError, "at least 8 bytes, found 0"),
         "pickle": (rv.FormatError, "pickled weights .* never loaded"),
     }[what]
@@ -503,7 +503,7 @@ def public(family: Family) -> Iterator[Path]:
         yield Path(place)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="permissions there are another thing")
+@pytest.mark.skipif(WINDOWS, reason="permissions there are another thing")
 def test_a_shard_that_may_not_be_read(public: Path) -> None:
     """PermissionError with the path."""
     path = shard_of(public / "rl")
@@ -513,7 +513,7 @@ def test_a_shard_that_may_not_be_read(public: Path) -> None:
     assert caught.value.filename == str(path)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="permissions there are another thing")
+@pytest.mark.skipif(WINDOWS, reason="permissions there are another thing")
 @pytest.mark.parametrize("exists", [False, True])
 def test_an_output_that_may_not_be_written(public: Path, exists: bool) -> None:
     """PermissionError with the path, for a folder that cannot be made and one that cannot be filled."""
@@ -537,7 +537,7 @@ def test_a_nan_in_a_donor_is_named(own: Family, tmp_path: Path) -> None:
     bits[[300_001, 300_007]] = 0x7FC1
     tensors[EMBED] = Stored("BF16", tensors[EMBED].shape, bits.tobytes())
     write_shard(path, tensors, {"format": "pt"})
-    said = f"{path}: tensor {EMBED}: element 300001 is NaN; .*allow-nonfinite"
+    said = f"{re.escape(str(path))}: tensor {EMBED}: element 300001 is NaN; .*allow-nonfinite"
     runs: list[Callable[[], object]] = [
         lambda: point(own).save(tmp_path / "out"),
         lambda: donors(own).save(tmp_path / "reason"),
@@ -671,20 +671,25 @@ def test_a_damaged_vector_is_refused_before_it_is_used(
 
 @pytest.mark.models
 def test_a_process_that_flushes_subnormals_is_refused(family: Family, tmp_path: Path) -> None:
-    """torch.set_flush_denormal(True) would change results: a clear error, and no byte written."""
+    """torch.set_flush_denormal(True) would change results: a clear error, and nothing written."""
     torch = pytest.importorskip("torch")
+    point(family).save(tmp_path / "wanted")
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot")
+    said = "flushes subnormal .*set_flush_denormal"
     try:
         for run in (
             lambda: point(family).save(tmp_path / "out"),
             lambda: donors(family).save(tmp_path / "reason"),
             lambda: donors(family).inspect(),
         ):
-            with pytest.raises(rv.ReasonvecError, match=r"flushes subnormal .*set_flush_denormal"):
+            # Where threads do not inherit the mode, nothing is wrong.
+            with pytest.raises(rv.ReasonvecError, match=said) if INHERITED else nullcontext():
                 run()
     finally:
         torch.set_flush_denormal(False)
-    assert not final_names(tmp_path / "out")
-    assert not contents(tmp_path / "reason")
-    point(family).save(tmp_path / "out", resume=True)
+    if INHERITED:
+        assert not final_names(tmp_path / "out")
+        assert not contents(tmp_path / "reason")
+        point(family).save(tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")

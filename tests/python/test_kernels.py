@@ -642,6 +642,21 @@ def test_a_sum_that_does_not_fit_is_named(tmp_path: Path) -> None:
     point.save(tmp_path / "long", sync=False, out_dtype="float32")
 
 
+def test_a_difference_that_does_not_fit_is_no_infinity_in_a_donor(tmp_path: Path) -> None:
+    """Two finite bf16 numbers can be too far apart for f32: the message does not blame a file."""
+    case = Case("BF16", None, (Term(),), (9,))
+    bits = inputs_of(case)
+    bits["p0"][9][4], bits["n0"][9][4] = 0x7F7F, 0xFF7F
+    write_inputs(case, bits, tmp_path)
+    said = "tensor w9: element 4 is inf; after the other donor was subtracted, both of which are finite"
+    for run in (
+        lambda: vector_of(case, tmp_path, 0).save(tmp_path / "v"),
+        lambda: (rv.open(tmp_path / "t") + vector_of(case, tmp_path, 0)).save(tmp_path / "out"),
+    ):
+        with pytest.raises(rv.NonFiniteError, match=said):
+            run()
+
+
 def test_a_second_part_decides_whether_a_sum_fits(tmp_path: Path) -> None:
     """65520 rounds to infinity in f16, and 65520 - 0.0009 does not: only the whole sum counts."""
     p, n = np.array([0.003], np.float32), np.array([-65519.99609375], np.float32)
@@ -656,3 +671,19 @@ def test_a_second_part_decides_whether_a_sum_fits(tmp_path: Path) -> None:
     write_inputs(case, bits, tmp_path)
     (rv.open(tmp_path / "t") + vector_of(case, tmp_path, 0)).save(tmp_path / "out", sync=False)
     assert ref.widen(read_checkpoint(tmp_path / "out")["w1"].bits, "F16").tolist() == [65504.0]
+
+
+def test_a_level_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """A spelling mistake in REASONVEC_SIMD is no silent fallback: the levels that there are."""
+    case = Case("BF16", None, (Term(),), (5,))
+    write_inputs(case, inputs_of(case), tmp_path)
+    said = f"REASONVEC_SIMD=avx1024: this processor has {', '.join(rv.simd_levels())}"
+    with environment("avx1024"):
+        for run in (
+            lambda: vector_of(case, tmp_path, 0).save(tmp_path / "v"),
+            lambda: (rv.open(tmp_path / "t") + vector_of(case, tmp_path, 0)).save(tmp_path / "o"),
+            rv.simd_level,
+        ):
+            with pytest.raises(rv.ReasonvecError, match=said):
+                run()
+    assert rv.simd_level() == rv.simd_levels()[-1]
