@@ -11,8 +11,8 @@ pub struct Budget {
     pub bytes: u64,
 }
 
-/// Tiles longer than this win nothing: windows of a few MiB already keep the disk busy.
-const LONGEST_TILE: u64 = 4;
+/// Longer tiles lose: the windows of one block of three bf16 tensors still fit the second-level cache, or nearly.
+const LONGEST_TILE: u64 = 1;
 
 impl Budget {
     /// Shares `limit` bytes among at most `threads` workers, each of which holds `fixed` bytes and `per_block` for every block of its tile.

@@ -1,4 +1,4 @@
-//! Workers over the tiles of a grid: start reading the tile after next, compute this one, release the last one; progress, cancelling, errors.
+//! Workers over the tiles of a grid: start reading what comes soon, compute this tile, release it; progress, cancelling, errors.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -41,8 +41,11 @@ impl Control {
     }
 }
 
-/// Runs `work` on every tile, on up to `threads` threads, each with a scratch of its own; `ahead` is called for the tile that will be
-/// taken about one round later.
+/// Tiles between the one that is worked on and the one that is asked for: a few MiB of every input, what keeps a disk busy.
+const AHEAD: usize = 16;
+
+/// Runs `work` on every tile, on up to `threads` threads, each with a scratch of its own; `ahead` is called for a tile that will be
+/// taken soon.
 ///
 /// # Errors
 /// The error of the earliest tile that failed, whichever thread found it; [`Error::Cancelled`] if asked to stop.
@@ -70,8 +73,8 @@ pub fn run<S>(
             if i >= grid.len() {
                 return;
             }
-            if i + threads < grid.len() {
-                ahead(&grid.tile(i + threads));
+            if i + AHEAD < grid.len() {
+                ahead(&grid.tile(i + AHEAD));
             }
             if let Err(e) = work(&mut scratch, i, &grid.tile(i)) {
                 failed.store(true, Ordering::Relaxed);
