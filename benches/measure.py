@@ -64,9 +64,9 @@ def timed(turn: Turn) -> float:
 
 def run(command: Sequence[str | Path], environment: Mapping[str, str] = {}) -> str:
     """What `command` printed. Raises `RuntimeError` with what it said if it failed."""
-    done = subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True
-    )
+    # Packages that pip installs are compiled once, not at every start.
+    compiled = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(command, env={**compiled, **environment}, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(
             f"{_words(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}"

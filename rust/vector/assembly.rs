@@ -1,4 +1,5 @@
-//! The files of a vector while they are being written: tile after tile, in order, each tensor's parts one behind the other.
+//! The files of a vector while they are being written: tile after tile, in order, each tensor's parts one behind the other. Only where a
+//! tile's bytes go is decided in order; most of them are written by the workers, side by side ([`Pending`]).
 //!
 //! How long the parts of a tensor are is known only when its last tile is encoded, so the header's room is reserved in front and filled in at the
 //! end. What belongs behind the values (escapes, corrections) waits in spools that move to disk when they grow.
@@ -6,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
+use std::sync::Arc;
 
 use super::encode::{Codec, Packed};
 use super::format::{Encoding, Part, Row, STEM};
@@ -45,10 +47,29 @@ pub struct Assembly<'a> {
 }
 
 struct Shard {
-    writer: Writer,
+    writer: Arc<Writer>,
     entries: Vec<(String, Dtype, Vec<u64>)>,
     /// Where the next byte goes.
     at: u64,
+}
+
+/// Where a tile's bitmap and values go: to be written before the vector is finished.
+#[must_use]
+pub struct Pending {
+    writer: Arc<Writer>,
+    bitmap: u64,
+    values: u64,
+}
+
+impl Pending {
+    /// Writes them.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn write(self, tile: &Packed) -> Result<()> {
+        self.writer.write_at(&tile.bitmap, self.bitmap)?;
+        self.writer.write_at(&tile.values, self.values)
+    }
 }
 
 struct Current<'a> {
@@ -111,7 +132,7 @@ impl<'a> Assembly<'a> {
         if self.open.is_none() {
             let name = format!("{STEM}-{:05}.safetensors", self.full.len() + 1);
             let writer = Writer::open(&self.folder.join(name), true)?;
-            self.open = Some(Shard { writer, entries: Vec::new(), at: self.reserve });
+            self.open = Some(Shard { writer: Arc::new(writer), entries: Vec::new(), at: self.reserve });
         }
         self.open.as_mut().ok_or_else(|| Error::Usage("no open shard".into()))
     }
@@ -145,17 +166,20 @@ impl<'a> Assembly<'a> {
         Ok(())
     }
 
-    /// Takes in the next tile of the tensor.
+    /// Takes in the next tile of the tensor, and says what of it is still to be written.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn add(&mut self, tile: &Packed) -> Result<()> {
+    pub fn add(&mut self, tile: &Packed) -> Result<Option<Pending>> {
         let folder = self.folder;
         let (Some(c), Some(shard)) = (self.current.as_mut(), self.open.as_ref()) else {
             return Err(Error::Usage("a tile without a tensor".into()));
         };
-        shard.writer.write_at(&tile.bitmap, c.start + c.bitmap_len)?;
-        shard.writer.write_at(&tile.values, c.values_at + c.values_len)?;
+        let pending = Pending {
+            writer: shard.writer.clone(),
+            bitmap: c.start + c.bitmap_len,
+            values: c.values_at + c.values_len,
+        };
         c.bitmap.update(&tile.bitmap);
         c.values.update(&tile.values);
         c.bitmap_len += tile.bitmap.len() as u64;
@@ -172,12 +196,22 @@ impl<'a> Assembly<'a> {
         c.tensor.row.moved += tile.moved;
         c.tensor.row.inexact += tile.inexact;
         c.long |= tile.long;
+        // At once: the values of a dense tensor, which are read again when it ends, and what may turn out to be a zero tensor, whose
+        // place the next one takes.
+        let at_once =
+            matches!(c.tensor.codec, Codec::Dense) || (c.tensor.row.moved == 0 && c.wide_starts.last() == Some(&0));
+        let later = if at_once {
+            pending.write(tile)?;
+            None
+        } else {
+            Some(pending)
+        };
         // Not `>` alone: a NaN that was let through must show.
         if tile.max > c.max || tile.max.is_nan() {
             c.max = tile.max;
             c.tensor.row.max_at = tile.max_at;
         }
-        Ok(())
+        Ok(later)
     }
 
     /// Ends the tensor: what belongs behind its values follows them, and its row is complete.
@@ -317,23 +351,26 @@ impl<'a> Assembly<'a> {
     }
 
     fn close(&self, shard: Shard, name: &str) -> Result<()> {
+        let Shard { writer, entries, at } = shard;
+        let writer = Arc::into_inner(writer)
+            .ok_or_else(|| Error::Usage(format!("{name} was closed too early; please report this")))?;
         let metadata = [("format".to_owned(), "reasonvec".to_owned())];
-        let mut header = Header::build(&metadata, shard.entries);
-        let data = shard.at - self.reserve;
+        let mut header = Header::build(&metadata, entries);
+        let data = at - self.reserve;
         if self.reserve - header.len() as u64 <= data / 64 {
             header.resize(self.reserve as usize, b' ');
             header[..8].copy_from_slice(&(self.reserve - 8).to_le_bytes());
-            shard.writer.write_at(&header, 0)?;
-            shard.writer.set_len(shard.at)?;
-            return shard.writer.finish_as(self.sync, Some(name));
+            writer.write_at(&header, 0)?;
+            writer.set_len(at)?;
+            return writer.finish_as(self.sync, Some(name));
         }
         // A small vector is moved up to its header rather than left with more blanks than numbers.
-        let source = FileMap::open(shard.writer.partial())?;
+        let source = FileMap::open(writer.partial())?;
         let tight = Writer::open(&self.folder.join(name), true)?;
         tight.write_at(&header, 0)?;
         tight.copy_from(&source, self.reserve, header.len() as u64, data)?;
         tight.finish(self.sync)?;
-        std::fs::remove_file(shard.writer.partial()).map_err(|e| Error::io(shard.writer.partial(), "remove", e))
+        std::fs::remove_file(writer.partial()).map_err(|e| Error::io(writer.partial(), "remove", e))
     }
 
     /// Removes what was written: there is no final name yet.

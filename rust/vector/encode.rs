@@ -6,7 +6,7 @@ use crate::simd::dispatch::MICRO;
 use super::sparse::{ESCAPE_BF16, ESCAPE_CODE};
 
 /// Elements that the choice looks at: tensors up to this size are looked at whole.
-pub const SAMPLE: u64 = 1 << 18;
+pub const SAMPLE: u64 = 1 << 16;
 
 /// What the caller asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -38,7 +38,7 @@ pub enum Codec {
 pub struct Palette {
     /// The values, most frequent first.
     pub values: Vec<f32>,
-    codes: Vec<u8>,
+    codes: Box<[u8; 1 << 16]>,
 }
 
 /// What a sample of a tensor shows.
@@ -114,12 +114,19 @@ impl Sample {
 }
 
 impl Palette {
+    /// The code of a value; the table has none for what is not finite.
+    #[inline(always)]
+    fn code(&self, v: f32) -> u8 {
+        let bits = v.to_bits();
+        if bits & 0xFFFF == 0 { self.codes[(bits >> 16) as usize] } else { ESCAPE_CODE }
+    }
+
     /// The 255 most frequent values; among equals the smaller bits.
     fn of(counts: &[u32]) -> Self {
         let mut seen: Vec<u16> = (0..=u16::MAX).filter(|&b| counts[usize::from(b)] > 0).collect();
         seen.sort_by_key(|&b| (std::cmp::Reverse(counts[usize::from(b)]), b));
         seen.truncate(usize::from(ESCAPE_CODE));
-        let mut codes = vec![ESCAPE_CODE; 1 << 16];
+        let mut codes = Box::new([ESCAPE_CODE; 1 << 16]);
         for (code, &bits) in seen.iter().enumerate() {
             codes[usize::from(bits)] = code as u8;
         }
@@ -185,16 +192,21 @@ impl Packed {
             Codec::Palette(palette) => {
                 // Codes go through a buffer of fixed size: growing a vector byte by byte costs more than finding the byte.
                 let mut codes = [0u8; MICRO];
-                let mut n = 0;
+                let (mut n, mut escaped) = (0, false);
                 each_set(bits, |i| {
-                    let v = single(u[i]);
-                    let code = short_bits(v).map_or(ESCAPE_CODE, |b| palette.codes[usize::from(b)]);
+                    let code = palette.code(single(u[i]));
                     codes[n] = code;
                     n += 1;
-                    if code == ESCAPE_CODE {
-                        self.escapes.extend_from_slice(&v.to_le_bytes());
-                    }
+                    escaped |= code == ESCAPE_CODE;
                 });
+                if escaped {
+                    each_set(bits, |i| {
+                        let v = single(u[i]);
+                        if palette.code(v) == ESCAPE_CODE {
+                            self.escapes.extend_from_slice(&v.to_le_bytes());
+                        }
+                    });
+                }
                 self.values.extend_from_slice(&codes[..n]);
             }
             Codec::Bf16 => each_set(bits, |i| {

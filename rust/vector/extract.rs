@@ -250,20 +250,26 @@ impl<'a> Run<'a> {
             Some(codec)
         };
         let last = tile.elements.end == job.elements;
-        self.turn.take(number, self.control, || {
+        let pending = self.turn.take(number, self.control, || {
             let mut assembly = self.assembly.lock().unwrap_or_else(PoisonError::into_inner);
             let Some(codec) = codec else {
                 if last {
                     assembly.zero(job.row());
                 }
-                return Ok(());
+                return Ok(None);
             };
             if tile.elements.start == 0 {
                 assembly.begin(Tensor { row: job.row(), codec, double: job.double })?;
             }
-            assembly.add(packed)?;
-            if last { assembly.end() } else { Ok(()) }
+            let pending = assembly.add(packed)?;
+            if last {
+                assembly.end()?;
+            }
+            Ok(pending)
         })?;
+        if let Some(pending) = pending {
+            pending.write(packed)?;
+        }
         if job.elements > 0 {
             let share = job.bytes() as u128 * (tile.elements.end - tile.elements.start) as u128 / job.elements as u128;
             self.control.advance(share as u64);
