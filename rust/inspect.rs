@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use crate::bf16::Work;
-use crate::operand::{Reader, Term, first_nonfinite};
+use crate::operand::{Reader, Term, first_nonfinite, gather_corrections};
 use crate::plan::{Operands, Settings, TermPlan, noises, scale_noise};
 use crate::simd::Level;
 use crate::simd::dispatch::{self, Extent, MICRO};
@@ -273,6 +273,35 @@ pub fn values<W: Work>(
         at = end;
     }
     Ok(out)
+}
+
+/// What stored vectors say their f32 values leave out of [`values`]: places, counted from the start of the range, and what is to be added
+/// there in f64, as [`corrected`](crate::vector::wide::corrected) does.
+///
+/// # Errors
+/// As [`measure`].
+pub fn corrections(
+    terms: &[TermPlan],
+    name: &str,
+    elements: u64,
+    range: std::ops::Range<u64>,
+    operands: Operands<'_>,
+) -> Result<Vec<(u64, f64)>> {
+    let mut terms: Vec<Term> = terms.iter().map(|t| operands.term(t, name, elements)).collect::<Result<_>>()?;
+    terms.retain(Term::has_corrections);
+    if terms.is_empty() {
+        return Ok(Vec::new());
+    }
+    let pool = Pool::default();
+    let (mut found, mut here) = (Vec::new(), Vec::new());
+    for block in range.start / BLOCK..range.end.min(elements).div_ceil(BLOCK) {
+        let span = block * BLOCK..((block + 1) * BLOCK).min(elements);
+        let readers: Vec<Reader<'_, f32>> = terms.iter().map(|t| t.open(span.clone(), &pool)).collect::<Result<_>>()?;
+        gather_corrections(&readers, block, &mut here)?;
+        let places = here.iter().map(|&(at, lo)| (span.start + u64::from(at), lo));
+        found.extend(places.filter(|(at, _)| range.contains(at)).map(|(at, lo)| (at - range.start, lo)));
+    }
+    Ok(found)
 }
 
 /// The digests of tensors on disk, in one pass.

@@ -221,6 +221,12 @@ impl Term {
             }
     }
 
+    /// Whether some of its values have a second part.
+    pub fn has_corrections(&self) -> bool {
+        self.substitute.is_none()
+            && self.sources().iter().any(|s| matches!(s, Source::Stored(s) if s.has_corrections()))
+    }
+
     /// Whether it adds nothing.
     pub fn is_zero(&self) -> bool {
         self.coefficient == 0.0 || self.sources().iter().all(|s| s.is_zero())

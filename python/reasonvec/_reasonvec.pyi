@@ -15,6 +15,7 @@ __all__ = [
     "VectorFolder",
     "apply",
     "copy_whole",
+    "corrections",
     "diff",
     "digest_file",
     "digest_tensors",
@@ -153,6 +154,18 @@ def copy_whole(
 ) -> None:
     """
     Copies a file whole or not at all, inside the kernel where it can.
+    """
+
+def corrections(
+    terms: str,
+    name: str,
+    elements: SupportsIndex,
+    start: SupportsIndex,
+    stop: SupportsIndex,
+    operands: Sequence[Checkpoint | VectorFolder],
+) -> list[tuple[int, float]]:
+    """
+    What `values` leaves out of stored vectors: places from `start`, and F64 to add there.
     """
 
 def diff(

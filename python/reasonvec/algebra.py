@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias, Unpack, overload
 
 from reasonvec.coefficients import AlphaFor, Constant, Factor, Function, Ramp, Where, pattern
-from reasonvec.errors import FormatError
+from reasonvec.errors import FormatError, ReasonvecError
 from reasonvec.folders import CheckpointFolder, VectorFolder, is_vector
 
 if TYPE_CHECKING:
@@ -149,9 +149,15 @@ class Vector:
                 ``"shuffle"``: the vector's own elements in random places; ``"reverse"``: minus the
                 vector.
             seed: any integer from 0 to 2**64 - 1. The same seed gives the same bytes everywhere.
+
+        Raises:
+            ReasonvecError: the seed is out of range.
         """
         if kind == "reverse":
             return -self
+        if not 0 <= seed < 1 << 64:
+            message = f"seed: expected an integer from 0 to 2**64 - 1, found {seed}"
+            raise ReasonvecError(message)
         return Vector(replace(term, control=(kind, seed)) for term in self.terms)
 
     def save(self, path: str | PathLike[str], **options: Unpack[ExtractOptions]) -> ExtractReport:

@@ -13,11 +13,13 @@ No other module of the package imports torch.
 from __future__ import annotations
 
 import json
+import math
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
@@ -27,11 +29,12 @@ from reasonvec.compat.layout import Layout, TensorInfo
 from reasonvec.compat.problem import Problem, demand
 from reasonvec.errors import MismatchError, NonFiniteError
 from reasonvec.json_values import Json
+from reasonvec.reference import Dtype, narrow
 from reasonvec.terms import Operands, place_term
 
 __all__ = ["add_", "subtract_"]
 
-_NAMES = {
+_NAMES: dict[torch.dtype, Dtype] = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -155,6 +158,8 @@ def _add_tensor(
         wide = torch.float64 if old.dtype == torch.float64 else torch.float32
         moved = update != 0
         new = torch.where(moved, (old.to(wide) + update.to(wide)).to(old.dtype), old)
+        for at, lo in core.corrections(text, name, n, start, stop, operands.handles):
+            new[at] = _corrected(float(old[at]), float(update[at]), lo, new[at])
         if not torch.isfinite(new).all():
             message = f"{name}: the update makes elements NaN or infinite; use a smaller alpha"
             raise NonFiniteError(message)
@@ -172,6 +177,16 @@ def _add_tensor(
         old.copy_(new)
     if not tensor.is_contiguous():
         tensor.data.copy_(flat.view(tensor.shape))
+
+
+def _corrected(t: float, u: float, correction: float, like: torch.Tensor) -> torch.Tensor:
+    """``(t + u) + correction`` in float64, rounded once; a zero takes the correction's sign."""
+    total = (t + u) + correction
+    if total == 0.0:
+        total = math.copysign(0.0, correction)
+    # torch takes float64 to a short format by way of float32, which rounds twice.
+    bits = narrow(np.array([total]), _NAMES[like.dtype])
+    return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(like.dtype)[0]
 
 
 def _put_back(tensors: dict[str, torch.Tensor], kept: _Kept) -> None:

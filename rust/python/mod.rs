@@ -134,6 +134,23 @@ mod _reasonvec {
         Ok(Tensor::new(storage, 0, dtype, vec![stop - start]))
     }
 
+    /// What `values` leaves out of stored vectors: places from `start`, and F64 to add there.
+    #[pyfunction]
+    #[pyo3(signature = (terms, name, elements, start, stop, operands: "Sequence[Checkpoint | VectorFolder]"))]
+    fn corrections(
+        py: Python<'_>,
+        terms: &str,
+        name: &str,
+        elements: u64,
+        start: u64,
+        stop: u64,
+        operands: Vec<Py<PyAny>>,
+    ) -> PyResult<Vec<(u64, f64)>> {
+        let terms: Vec<TermPlan> = parse(py, terms)?;
+        let operands = opened(py, &operands)?;
+        enter(py, None, |_| inspect::corrections(&terms, name, elements, start..stop, Operands(&operands)))
+    }
+
     /// Exact counts of the elements that differ between two checkpoints.
     #[pyfunction]
     #[pyo3(signature = (a, b, names: "Sequence[str]", settings, progress: "Callable[[int, int], object] | None" = None))]

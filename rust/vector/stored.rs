@@ -123,6 +123,11 @@ impl Stored {
         matches!(self.body, Body::Zero)
     }
 
+    /// Whether some of its values have a second part.
+    pub fn has_corrections(&self) -> bool {
+        self.wide.is_some()
+    }
+
     /// Whether it is best read a whole block at a time.
     pub fn by_block(&self) -> bool {
         matches!(self.body, Body::Sparse(_)) || self.wide.is_some()

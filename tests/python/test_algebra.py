@@ -426,3 +426,11 @@ def test_import_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 64])
+def test_a_seed_out_of_range_is_refused_at_once(tmp_path: Path, seed: int) -> None:
+    """By name and range, when the control is made and not when it is drawn."""
+    vector = point(tmp_path / "a", 1) - point(tmp_path / "b", 2)
+    with pytest.raises(rv.ReasonvecError, match=rf"seed: expected .*, found {seed}"):
+        vector.control("random", seed=seed)

@@ -407,13 +407,7 @@ def test_float64_is_apply(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        "live",
-        pytest.param(
-            "stored",
-            marks=pytest.mark.xfail(reason="core.values leaves out the second parts of a vector"),
-        ),
-    ],
+    ["live", "stored"],
 )
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_numbers_of_every_size(tmp_path: Path, dtype: str, kind: str) -> None:
