@@ -86,7 +86,9 @@ def undo(folder: Path, out: Path, **options: Unpack[UndoOptions]) -> UndoReport:
 def _unlike(
     source: Path, digests: dict[str, str], algorithm: str, options: RunOptions
 ) -> str | None:
-    """Why a folder is not the recorded target; None if it is."""
+    """Why a folder is not the recorded target, or cannot be shown to be; None if it is."""
+    if algorithm == "none":
+        return "the record has no digests, because it was made with --digest none"
     if not source.exists():
         return "it is not there"
     try:

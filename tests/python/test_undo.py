@@ -105,6 +105,12 @@ def test_a_changed_source_is_refused(family: Family, tmp_path: Path) -> None:
     assert not (tmp_path / "back").exists()
 
 
+def test_a_record_without_digests_cannot_show_its_source(family: Family, tmp_path: Path) -> None:
+    out = applied(family, tmp_path / "out", digest="none")
+    with pytest.raises(rv.ReasonvecError, match=r"no digests, because .* --digest none"):
+        undo(out, tmp_path / "back", sync=False)
+
+
 def test_a_changed_source_falls_back_to_the_residual(family: Family, tmp_path: Path) -> None:
     out = applied(family, tmp_path / "out", keep_undo=True)
     flip(next((tmp_path / "target").glob("*.safetensors")))
