@@ -301,7 +301,8 @@ def main() -> None:
             "versions": f"reasonvec {version('reasonvec')}, mergekit {peers.VERSION}",
             "shapes": "small" if arguments.quick else "Qwen2.5-1.5B (and Qwen2.5-7B for memory)",
         }
-        table.save(folder, NOTES, facts, rows, bench.seconds)
+        title = "Side by side with the disk and with mergekit"
+        table.save(folder, "compare", title, NOTES, facts, rows, bench.seconds)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""mergekit, in a virtual environment of its own, doing what `reasonvec apply --from` does."""
+"""mergekit, in a virtual environment of its own, doing what our commands do."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from measure import Turn, run
@@ -48,10 +49,15 @@ parameters: {{normalize: false}}
 dtype: bfloat16
 """
     )
+    return merge(command, recipe, output, [p, n, t])
+
+
+def merge(command: Path, recipe: Path, output: Path, inputs: Sequence[Path]) -> Turn:
+    """A recipe, run by mergekit."""
     return Turn(
         "mergekit",
         [command, recipe, output, "--quiet", "--out-shard-size", str(SHARD_BYTES)],
-        inputs=[p, n, t],
+        inputs=inputs,
         output=output,
         environment={"HF_HUB_OFFLINE": "1"},
     )
