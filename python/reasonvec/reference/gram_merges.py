@@ -40,8 +40,10 @@ __all__ = [
 
 Gram: TypeAlias = list[list[float]]
 """[k, k] sums of x_i * x_j, symmetric."""
-PARALLEL = 0.9995
-"""Vectors with a cosine beyond this lie on a line, for slerp: the sine of their angle is noise."""
+SLERP_LINE = 0.9995
+"""`slerp` takes vectors with a cosine beyond this, of either sign, for parallel."""
+NUSLERP_LINE = 1.0 - 1e-9
+"""`nuslerp` has a finer cut: there the sine is 4e-5, and both formulas give the same F32."""
 
 
 def gram(vectors: Sequence[Work]) -> Gram:
@@ -93,16 +95,16 @@ def _cosine(products: Gram, i: int, j: int) -> float:
     return max(-1.0, min(1.0, products[i][j] / scale)) if scale else 0.0
 
 
-def slerp_coefficients(products: Gram, t: float) -> list[float]:
+def slerp_coefficients(products: Gram, t: float, line: float = SLERP_LINE) -> list[float]:
     """The coefficients of a and b: sin((1-t) q) / sin q and sin(t q) / sin q, q their angle.
 
-    1 - t and t if they lie on a line (`PARALLEL`), in either direction, or one is zero.
+    1 - t and t if abs(cos q) > ``line``, or if one of them is zero.
 
     >>> slerp_coefficients([[1.0, 1.0], [1.0, 1.0]], 0.25)
     [0.75, 0.25]
     """
     cosine = _cosine(products, 0, 1)
-    if abs(cosine) > PARALLEL or products[0][0] == 0 or products[1][1] == 0:
+    if abs(cosine) > line or products[0][0] == 0 or products[1][1] == 0:
         return [1.0 - t, t]
     q = math.acos(cosine)
     return [math.sin((1.0 - t) * q) / math.sin(q), math.sin(t * q) / math.sin(q)]
@@ -118,8 +120,11 @@ def slerp(a: Work, b: Work, t: float) -> Work:
 
 
 def nuslerp_coefficients(products: Gram, weights: Sequence[float]) -> list[float]:
-    """Those of `slerp` at t = w_2 / (w_1 + w_2). ValueError if the weights add up to zero."""
-    return slerp_coefficients(products, normalized(weights)[1])
+    """Those of `slerp` at t = w_2 / (w_1 + w_2), with the finer cut.
+
+    ValueError if the weights add up to zero.
+    """
+    return slerp_coefficients(products, normalized(weights)[1], NUSLERP_LINE)
 
 
 def nuslerp(
@@ -143,7 +148,7 @@ def nuslerp(
     def solve(products: Gram) -> list[float]:
         return nuslerp_coefficients(products, weights)
 
-    if flatten:
+    if flatten or vectors[0].size == columns:
         return combine(vectors, solve(gram(vectors)), _work_of(vectors[0]))
     return (by_rows if row_wise else by_columns)(vectors, columns, solve)
 
@@ -162,6 +167,44 @@ def _directions(products: Gram) -> Gram:
     # The products of the unit vectors: cosines, and 1 on the diagonal.
     n = range(len(products))
     return [[1.0 if i == j else _cosine(products, i, j) for j in n] for i in n]
+
+
+def multislerp_coefficients(
+    products: Gram, weights: Sequence[float], normalize_weights: bool = True, eps: float = 1e-8
+) -> list[float]:
+    """The weighted mean of the unit vectors v_i = x_i / |x_i|, to the length sum(w_i |x_i|).
+
+    The mean of points projected onto the tangent plane at sum(w_i v_i) is the point of contact,
+    so no step along the sphere follows (`karcher` takes them). Zero vectors have no direction.
+    Where |sum(w_i v_i)| <= eps there is no mean, and the coefficients are the weights.
+    """
+    found = normalized(weights) if normalize_weights else list(weights)
+    norms = [math.sqrt(products[i][i]) for i in range(len(products))]
+    pull = [w if norm > 0.0 else 0.0 for w, norm in zip(found, norms, strict=True)]
+    length = _length(_directions(products), pull)
+    if length <= eps:
+        return found
+    scale = _in_order([w * norm for w, norm in zip(found, norms, strict=True)]) / length
+    return [scale * w / norm if norm > 0.0 else 0.0 for w, norm in zip(pull, norms, strict=True)]
+
+
+def multislerp(
+    models: Sequence[Work],
+    weights: Sequence[float],
+    base: Work | None = None,
+    normalize_weights: bool = True,
+    eps: float = 1e-8,
+) -> Work:
+    """The weighted mean direction of models, or of their task vectors over a base, at mean length.
+
+    (A method of mergekit, without a paper.)
+
+    >>> multislerp([np.float32([2, 0]), np.float32([0, 1])], [1.0, 1.0])
+    array([1.0606601, 1.0606601], dtype=float32)
+    """
+    vectors = models if base is None else tasks(models, base)
+    coefs = multislerp_coefficients(gram(vectors), weights, normalize_weights, eps)
+    return combine(vectors, coefs, _work_of(vectors[0]))
 
 
 def _step(
@@ -185,48 +228,6 @@ def _walk(mean: Sequence[float], tangent: Sequence[float], length: float) -> lis
     ahead = math.sin(length) / length if length > 0.0 else 1.0
     cosine = math.cos(length)
     return [cosine * m + ahead * x for m, x in zip(mean, tangent, strict=True)]
-
-
-def multislerp_coefficients(
-    products: Gram, weights: Sequence[float], normalize_weights: bool = True, eps: float = 1e-8
-) -> list[float]:
-    """One step of the spherical barycentre from the weighted mean of the unit vectors.
-
-    With v_i = x_i / |x_i|: m = sum(w_i v_i) to unit length, then the weighted sum of the logarithms
-    of v_i at m is walked along from m, and the end is scaled by sum(w_i |x_i|). Where |sum(w_i
-    v_i)| <= eps there is no such mean, and the coefficients are the weights. Zero vectors take no
-    part in the direction.
-    """
-    found = normalized(weights) if normalize_weights else list(weights)
-    norms = [math.sqrt(products[i][i]) for i in range(len(products))]
-    cosines = _directions(products)
-    pull = [w if norm > 0.0 else 0.0 for w, norm in zip(found, norms, strict=True)]
-    length = _length(cosines, pull)
-    if length <= eps:
-        return found
-    mean = [w / length for w in pull]
-    end = _walk(mean, *_step(cosines, mean, pull))
-    scale = _in_order([w * norm for w, norm in zip(found, norms, strict=True)])
-    return [scale * c / norm if norm > 0.0 else 0.0 for c, norm in zip(end, norms, strict=True)]
-
-
-def multislerp(
-    models: Sequence[Work],
-    weights: Sequence[float],
-    base: Work | None = None,
-    normalize_weights: bool = True,
-    eps: float = 1e-8,
-) -> Work:
-    """The barycentre of any number of models on the sphere, or of task vectors over a base.
-
-    (Goddard, "Multi-SLERP", mergekit 2025; Buss and Fillmore, "Spherical averages", ACM TOG 2001.)
-
-    >>> multislerp([np.float32([2, 0]), np.float32([0, 1])], [1.0, 1.0])
-    array([1.0606601, 1.0606601], dtype=float32)
-    """
-    vectors = models if base is None else tasks(models, base)
-    coefs = multislerp_coefficients(gram(vectors), weights, normalize_weights, eps)
-    return combine(vectors, coefs, _work_of(vectors[0]))
 
 
 def karcher_coefficients(products: Gram, max_iter: int = 10, tol: float = 1e-5) -> list[float]:
@@ -273,7 +274,8 @@ def karcher(models: Sequence[Work], max_iter: int = 10, tol: float = 1e-5) -> Wo
 def model_stock_coefficients(products: Gram) -> list[float]:
     """t / n for every task vector: t = n c / (1 + (n - 1) c), c their mean pairwise cosine.
 
-    Pairs are added with the first index slower. One task vector: t = 1.
+    Pairs are added with the first index slower. One task vector: t = 1. Where 1 + (n - 1) c is not
+    above 1e-8 the task vectors cancel each other: t = 0.
 
     >>> model_stock_coefficients([[1.0, 0.5], [0.5, 1.0]])
     [0.3333333333333333, 0.3333333333333333]
@@ -281,7 +283,8 @@ def model_stock_coefficients(products: Gram) -> list[float]:
     n = len(products)
     pairs = [_cosine(products, i, j) for i in range(n) for j in range(i + 1, n)]
     c = _in_order(pairs) / len(pairs) if pairs else 1.0
-    t = n * c / (1.0 + (n - 1) * c)
+    apart = 1.0 + (n - 1) * c
+    t = n * c / apart if apart > 1e-8 else 0.0
     return [t / n] * n
 
 

@@ -118,7 +118,8 @@ def della_probabilities(
     """The probability to stay [n], by the rank of a magnitude within its row of [rows, columns].
 
     It falls evenly from density + epsilon for the largest to density - epsilon for the smallest:
-    (density + epsilon) - 2 epsilon (rank / (columns - 1)), in F64. A row of one has the density.
+    (density + epsilon) - 2 epsilon (rank / (columns - 1)), in F64, within 0 and 1. A row of one has
+    the density.
 
     >>> della_probabilities(np.float32([1, -3, 2]), 3, 0.5, 0.25)
     array([0.25, 0.75, 0.5 ])
@@ -133,7 +134,7 @@ def della_probabilities(
         row[magnitude_order(v[start : start + columns])] = (density + epsilon) - (
             2.0 * epsilon
         ) * rank
-    return found
+    return np.clip(found, 0.0, 1.0)
 
 
 # What most of them share
@@ -322,32 +323,40 @@ def breadcrumbs(
 
 
 def sce(models: Sequence[Work], base: Work, select_topk: float = 1.0, lambda_: float = 1.0) -> Work:
-    """Select, calculate, erase (arXiv 2408.07990, section 3.3).
+    """Select, calculate, erase (arXiv 2408.07990, section 3.2).
 
-    Select: the int(select_topk * n) elements with the largest spread over the models,
-    sum_i (d_i - mean)^2 with mean = sum_i d_i / count, all in W, in order. Calculate: weights
-    sum(d_i^2) over the selected elements, divided by their sum. Erase: `consensus` with these
-    weights, normalized, by the sign of the sum of the d_i themselves.
+    Select: of the elements whose spread over the models is not zero, the int(select_topk * their
+    number) largest; the spread is sum_i (d_i - mean)^2 with mean = sum_i d_i / count, all in W, in
+    order. From a select_topk of 1 on, every element. Calculate: w_i = the sum of d_i^2 over the
+    selected elements, divided by the sum of those sums (F64). Erase: the sign is + if the sum of
+    the d_i, in order, is >= 0, else -, and only the d_i != 0 with that sign count; their weighted
+    mean as in `consensus`, with ``normalize``.
     """
     vectors = tasks(models, base)
     work = _work_of(base)
-    count = _as_work(np.asarray(len(vectors)), work)
+    zero = np.zeros_like(base)
     with np.errstate(all="ignore"):
-        mean = np.zeros_like(base)
+        total = zero
         for d in vectors:
-            mean = mean + d
-        mean = mean / count
-        spread = np.zeros_like(base)
+            total = total + d
+        mean = total / _as_work(np.asarray(len(vectors)), work)
+        spread = zero
         for d in vectors:
             off = d - mean
             spread = spread + off * off
-    selected = largest(_as_work(spread, work), select_topk)
-    chosen = [_as_work(np.where(selected, d, 0), work) for d in vectors]
-    energy = [fixed_dot(d, d) for d in chosen]
+    if select_topk >= 1:
+        selected = np.ones(base.size, np.bool_)
+    else:
+        selected = between(spread, 0, int(select_topk * np.count_nonzero(spread)))
+    energy = []
+    for d in vectors:
+        chosen = _as_work(np.where(selected, d, zero), work)
+        energy.append(fixed_dot(chosen, chosen))
     if _in_order(energy) == 0:
-        return np.zeros_like(base)
+        return zero
     weights = normalized(energy)
-    stays = [selected] * len(vectors)
+    positive = total >= 0
+    stays = [selected & np.where(positive, d > 0, d < 0) for d in vectors]
     return consensus(vectors, stays, weights, [1.0] * len(vectors), True, True, lambda_)
 
 
