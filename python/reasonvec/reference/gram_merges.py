@@ -89,8 +89,7 @@ def by_columns(
 
 
 def _cosine(products: Gram, i: int, j: int) -> float:
-    # Square roots apart, so that their product does not overflow. A zero vector has no direction:
-    # it is at right angles to everything.
+    # Square roots apart, so that their product does not overflow.
     scale = math.sqrt(products[i][i]) * math.sqrt(products[j][j])
     return max(-1.0, min(1.0, products[i][j] / scale)) if scale else 0.0
 
@@ -98,13 +97,13 @@ def _cosine(products: Gram, i: int, j: int) -> float:
 def slerp_coefficients(products: Gram, t: float, line: float = SLERP_LINE) -> list[float]:
     """The coefficients of a and b: sin((1-t) q) / sin q and sin(t q) / sin q, q their angle.
 
-    1 - t and t if abs(cos q) > ``line``, or if one of them is zero.
+    1 - t and t if abs(cos q) > ``line``. A zero vector is at right angles to everything.
 
     >>> slerp_coefficients([[1.0, 1.0], [1.0, 1.0]], 0.25)
     [0.75, 0.25]
     """
     cosine = _cosine(products, 0, 1)
-    if abs(cosine) > line or products[0][0] == 0 or products[1][1] == 0:
+    if abs(cosine) > line:
         return [1.0 - t, t]
     q = math.acos(cosine)
     return [math.sin((1.0 - t) * q) / math.sin(q), math.sin(t * q) / math.sin(q)]
@@ -235,7 +234,7 @@ def karcher_coefficients(products: Gram, max_iter: int = 10, tol: float = 1e-5) 
 
     From m = the sum of the units v_i to unit length: walk along the mean of the logarithms of
     v_i at m, make the length 1 again, until a step is shorter than ``tol`` or ``max_iter`` steps
-    are done. Zero vectors take no part. Units that add up to nothing have no mean: the first is m.
+    are done. Zero vectors count in the mean of the norms only. Units that add up to nothing have no mean: the first is m.
     """
     norms = [math.sqrt(products[i][i]) for i in range(len(products))]
     count = sum(norm > 0.0 for norm in norms)
@@ -256,7 +255,7 @@ def karcher_coefficients(products: Gram, max_iter: int = 10, tol: float = 1e-5) 
         mean = _walk(mean, tangent, length)
         length = _length(cosines, mean)
         mean = [c / length for c in mean]
-    scale = _in_order(norms) / count
+    scale = _in_order(norms) / len(norms)
     return [scale * c / norm if norm > 0.0 else 0.0 for c, norm in zip(mean, norms, strict=True)]
 
 
