@@ -234,7 +234,8 @@ def karcher_coefficients(products: Gram, max_iter: int = 10, tol: float = 1e-5) 
 
     From m = the sum of the units v_i to unit length: walk along the mean of the logarithms of
     v_i at m, make the length 1 again, until a step is shorter than ``tol`` or ``max_iter`` steps
-    are done. Zero vectors count in the mean of the norms only. Units that add up to nothing have no mean: the first is m.
+    are done. Zero vectors count in the mean of the norms only. Where the mean of the units is not
+    longer than 1e-6 it has no direction that means anything, and m starts at the first of them.
     """
     norms = [math.sqrt(products[i][i]) for i in range(len(products))]
     count = sum(norm > 0.0 for norm in norms)
@@ -243,7 +244,7 @@ def karcher_coefficients(products: Gram, max_iter: int = 10, tol: float = 1e-5) 
     cosines = _directions(products)
     weights = [1.0 / count if norm > 0.0 else 0.0 for norm in norms]
     length = _length(cosines, weights)
-    if length > 0.0:
+    if length > 1e-6:
         mean = [w / length for w in weights]
     else:
         first = next(i for i, norm in enumerate(norms) if norm > 0.0)
