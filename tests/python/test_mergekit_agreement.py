@@ -7,6 +7,7 @@ run says much.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -119,7 +120,15 @@ def update(recipe: Recipe, family: Family, name: str) -> Work:
     return ref.arcee_fusion(models[0], base, columns)
 
 
-ON_BASE = {"task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "model_stock", "sce", "ram"}
+ON_BASE = {
+    "task_arithmetic",
+    "ties",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "model_stock",
+    "sce",
+    "ram",
+}
 ON_BASE |= {"ramplus_tl", "arcee_fusion"}
 
 
@@ -141,13 +150,13 @@ class Agreement(NamedTuple):
 
     elements: int
     apart: int
-    """Elements more than one unit in the last place apart."""
+    """Elements too far apart, and not `undecided`."""
     largest: float
-    """The largest distance."""
+    """The largest distance of these."""
 
     @property
     def share(self) -> float:
-        """The share of elements within one unit."""
+        """The share of elements that are near."""
         return 1 - self.apart / self.elements
 
 
@@ -158,11 +167,39 @@ def ordinals(bits: NDArray[np.unsignedinteger]) -> NDArray[np.int64]:
     return np.where(bits >> bits.dtype.type(width) == 1, -size, size)
 
 
-def compare(recipe: Recipe, family: Family, theirs: Tensors, merge: Merge = ours) -> Agreement:
-    """Every tensor of a recipe. F32 outputs are measured in units of the largest operand.
+def units(recipe: Recipe, family: Family, name: str) -> NDArray[np.float64]:
+    """One unit in the last place of the working format at the largest operand of every element."""
+    digits = {"BF16": 8, "F16": 11, "F32": 24}[recipe.dtype]
+    sizes = [np.abs(family.values(i, name)) for i in {*recipe.models, recipe.base or 0}]
+    _, exponent = np.frexp(np.maximum.reduce(sizes).astype(np.float64))
+    return np.ldexp(1.0, exponent - digits)
 
-    That is because F32 is the format in which both compute: where operands cancel, what is left is
-    the difference between two orders of operations, in a unit that has nothing to do with it.
+
+def undecided(recipe: Recipe, family: Family, name: str) -> NDArray[np.bool_]:
+    """Elements as large as the last that stays, or the first that goes: any of them may be taken.
+
+    We take those with the lowest index, torch.topk others.
+    """
+    found = np.zeros(family.values(0, name).size, np.bool_)
+    if recipe.base is None or recipe.method not in ("ties", "breadcrumbs", "breadcrumbs_ties"):
+        return found
+    shares, most = numbers(recipe, "density", 1.0), numbers(recipe, "gamma", 0.01)
+    for i, share, top in zip(recipe.models, shares, most, strict=True):
+        size = np.abs(family.values(i, name) - family.values(recipe.base, name))
+        n, k = size.size, int(share * size.size)
+        first = 0 if recipe.method == "ties" else min(int(top * n), n - k)
+        ordered = np.sort(size)[::-1]
+        for edge in (first, first + k):
+            if 0 < edge < n and ordered[edge - 1] == ordered[edge]:
+                found |= size == ordered[edge]
+    return found
+
+
+def compare(recipe: Recipe, family: Family, theirs: Tensors, merge: Merge = ours) -> Agreement:
+    """Every tensor of a recipe: elements of 16 bits may be one unit in the last place apart.
+
+    F32 outputs may be four units of the largest operand apart: F32 is also the format in which
+    both compute, and their orders of operations differ.
     """
     elements = apart = 0
     largest = 0.0
@@ -172,16 +209,24 @@ def compare(recipe: Recipe, family: Family, theirs: Tensors, merge: Merge = ours
         bits = merge(recipe, family, name)
         a, b = (ref.widen(x, recipe.output, "F32").astype(np.float64) for x in (bits, tensor.bits))
         if recipe.output == "F32":
-            sizes = [np.abs(family.values(i, name)) for i in {*recipe.models, recipe.base or 0}]
-            unit = np.spacing(np.maximum.reduce(sizes)).astype(np.float64)
-            far = np.abs(a - b) > unit
+            far = np.abs(a - b) > 4 * units(recipe, family, name)
         else:
             far = np.abs(ordinals(bits) - ordinals(tensor.bits)) > 1
+        far &= ~undecided(recipe, family, name)
         elements += far.size
         apart += int(np.count_nonzero(far))
-        largest = max(largest, float(np.abs(a - b).max()))
+        largest = max(largest, float(np.abs(a - b)[far].max(initial=0.0)))
     assert set(theirs) == set(family.tensors[0])
     return Agreement(elements, apart, largest)
+
+
+def agree(recipes: dict[str, Recipe], family: Family, scratch: Path) -> None:
+    """Runs all of them, and asks for 99.99 % of the elements of each."""
+    results = mergekit(list(recipes.values()), family, scratch)
+    for (name, recipe), theirs in zip(recipes.items(), results, strict=True):
+        assert not isinstance(theirs, str), f"{name}: {theirs}"
+        found = compare(recipe, family, theirs)
+        assert found.share >= 0.9999, f"{name}, {recipe}: {found}"
 
 
 # The recipes
@@ -209,7 +254,11 @@ RECIPES = {
     "nuslerp base": Recipe("nuslerp", [1, 2], 0, {}, weighted(0.7, 0.4)),
     "nuslerp rows": Recipe("nuslerp", [1, 2], None, {"nuslerp_flatten": False}, weighted(0.7, 0.4)),
     "nuslerp columns": Recipe(
-        "nuslerp", [1, 2], 0, {"nuslerp_flatten": False, "nuslerp_row_wise": True}, weighted(0.7, 0.4)
+        "nuslerp",
+        [1, 2],
+        0,
+        {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+        weighted(0.7, 0.4),
     ),
     "multislerp": Recipe("multislerp", THREE, each=weighted(0.5, 0.3, 0.4)),
     "multislerp base": Recipe("multislerp", THREE, 0, {}, weighted(0.5, 0.3, -0.2)),
@@ -235,31 +284,134 @@ RECIPES = {
 """Every method with a formula, every parameter that changes it. `arcee_fusion` is apart."""
 
 
-def with_formats(recipe: Recipe, dtype: Dtype, out: Dtype) -> Recipe:
-    return Recipe(
-        recipe.method, recipe.models, recipe.base, recipe.parameters, recipe.each, dtype, out
-    )
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_method_agrees(architecture: str, tmp_path: Path) -> None:
     """Models of mixed formats, computed in float32, written as bfloat16: 99.99 % within one ulp."""
     family = make_models(tmp_path, architecture, MIXED)
-    recipes = {name: with_formats(recipe, "F32", "BF16") for name, recipe in RECIPES.items()}
-    results = mergekit(list(recipes.values()), family, tmp_path / "out")
-    for (name, recipe), theirs in zip(recipes.items(), results, strict=True):
-        assert not isinstance(theirs, str), f"{name}: {theirs}"
-        found = compare(recipe, family, theirs)
-        assert found.share >= 0.9999, f"{architecture}, {name}: {found}"
+    recipes = {name: replace(recipe, out_dtype="BF16") for name, recipe in RECIPES.items()}
+    agree(recipes, family, tmp_path / "out")
 
 
 @pytest.mark.parametrize("out", ["F16", "F32"])
 def test_every_method_agrees_in_other_formats(out: Dtype, tmp_path: Path) -> None:
-    """F32 models written as float16 and float32: 99.99 % within one unit of the last place."""
+    """F32 models written as float16 and float32."""
     family = make_models(tmp_path, "llama", ["F32"] * 4, seed=1)
-    recipes = {name: with_formats(recipe, "F32", out) for name, recipe in RECIPES.items()}
-    results = mergekit(list(recipes.values()), family, tmp_path / "out")
-    for (name, recipe), theirs in zip(recipes.items(), results, strict=True):
-        assert not isinstance(theirs, str), f"{name}: {theirs}"
-        found = compare(recipe, family, theirs)
-        assert found.share >= 0.9999, f"{name}: {found}"
+    recipes = {name: replace(recipe, out_dtype=out) for name, recipe in RECIPES.items()}
+    agree(recipes, family, tmp_path / "out")
+
+
+WEIGHT = st.floats(0.05, 2.0).map(lambda x: round(x, 3))
+SHARE = st.floats(0.05, 1.0).map(lambda x: round(x, 3))
+
+
+@st.composite
+def drawn(draw: st.DrawFn, name: str) -> Recipe:
+    """A recipe with other weights, densities and parameters, for F32 work."""
+    recipe = RECIPES[name]
+    each: list[dict[str, Value]] = []
+    for own in recipe.each:
+        each.append({key: draw(SHARE if key == "density" else WEIGHT) for key in own})
+    common = dict(recipe.parameters)
+    for key in {"t", "select_topk"} & set(common):
+        common[key] = draw(st.floats(0.0, 1.0))
+    if "gamma" in common:
+        common["gamma"] = draw(st.floats(0.0, 0.2))
+    if recipe.method == "nearswap":
+        common["t"] = draw(st.floats(0.0, 0.05))
+    if "epsilon" in common:
+        common["epsilon"] = draw(st.floats(0.0, 0.05))
+    return replace(recipe, each=each, parameters=common)
+
+
+@settings(
+    max_examples=2,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    st.fixed_dictionaries({name: drawn(name) for name in RECIPES}),
+    st.lists(st.sampled_from(["BF16", "F16", "F32"]), min_size=4, max_size=4),
+    st.sampled_from(["BF16", "F16"]),
+    st.sampled_from(ARCHITECTURES),
+    st.integers(0, 2**32),
+)
+def test_any_parameters_agree(
+    tmp_path_factory: pytest.TempPathFactory,
+    recipes: dict[str, Recipe],
+    dtypes: list[Dtype],
+    out: Dtype,
+    architecture: str,
+    seed: int,
+) -> None:
+    """Any weights, densities, thresholds, formats and models."""
+    folder = tmp_path_factory.mktemp("drawn")
+    family = make_models(folder, architecture, dtypes, seed)
+    asked = {name: replace(recipe, out_dtype=out) for name, recipe in recipes.items()}
+    agree(asked, family, folder / "out")
+
+
+def test_bfloat16_work_differs_by_its_own_rounding(tmp_path: Path) -> None:
+    """With ``dtype: bfloat16`` mergekit rounds after every step; we round once.
+
+    Then the sums without a division by what is left are within four units of the largest operand,
+    except where another mask was chosen from rounded magnitudes.
+    """
+    family = make_models(tmp_path, "llama", ["BF16"] * 4, seed=1)
+    sums = ["linear", "slerp", "nuslerp", "karcher", "model_stock", "task_arithmetic", "nearswap"]
+    recipes = [replace(RECIPES[name], dtype="BF16") for name in sums]
+    for recipe, theirs in zip(recipes, mergekit(recipes, family, tmp_path / "out"), strict=True):
+        assert not isinstance(theirs, str), theirs
+        for name, tensor in theirs.items():
+            a = ref.widen(ours(recipe, family, name), "BF16").astype(np.float64)
+            b = ref.widen(tensor.bits, "BF16").astype(np.float64)
+            far = np.abs(a - b) > 4 * units(recipe, family, name)
+            assert np.mean(far) < 0.0005, (recipe.method, name)
+
+
+@pytest.mark.parametrize("density", [0.3, 0.7])
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
+def test_random_methods_agree_but_for_the_dice(method: str, density: float, tmp_path: Path) -> None:
+    """Given the elements that mergekit kept, our sum is its output; and it keeps as many as we do.
+
+    One model, whose every element moved, so that a kept element shows. L1 rescale is its numerics.
+    """
+    family = make_models(tmp_path, "llama", ["F32"] * 2, moved=1.0)
+    epsilon = 0.2 if method.startswith("della") else 0.0
+    each = weighted(0.6, density=density, epsilon=epsilon)
+    recipe = Recipe(method, [1], 0, {}, each, seed=7)
+    (theirs,) = mergekit([recipe], family, tmp_path / "out")
+    assert not isinstance(theirs, str), theirs
+    normalize = method == "della"
+    hits, expected, variance = np.zeros(2), np.zeros(2), np.zeros(2)
+    for name, tensor in theirs.items():
+        base, model = family.values(0, name), family.values(1, name)
+        merged = ref.widen(tensor.bits, "F32")
+        kept = merged != base
+        (d,) = ref.tasks([model], base)
+        scale = ref.rescaled(d, kept, density, "l1")
+        u = ref.consensus([d], [kept], [0.6], [scale], method in ELECTING, normalize)
+        apart = np.abs(base + u - merged) > 4 * units(recipe, family, name)
+        assert not apart.any(), name
+        shape = family.shape(name)
+        columns = shape[-1] if len(shape) > 1 else d.size
+        chance = ref.della_probabilities(d, columns, density, epsilon)
+        large = chance > density
+        for half, members in enumerate((large, ~large)):
+            hits[half] += np.count_nonzero(kept & members)
+            expected[half] += chance[members].sum()
+            variance[half] += (chance * (1 - chance))[members].sum()
+    assert (np.abs(hits - expected) < 5 * np.sqrt(variance) + 1).all(), (hits, expected)
+
+
+def test_arcee_fusion_agrees_but_at_its_threshold(tmp_path: Path) -> None:
+    """The same elements but for 0.05 %: its divergences are F32, and its quantiles are not exact."""
+    family = make_models(tmp_path, "llama", ["F32"] * 2)
+    recipe = Recipe("arcee_fusion", [1], 0)
+    (theirs,) = mergekit([recipe], family, tmp_path / "out")
+    assert not isinstance(theirs, str), theirs
+    assert compare(recipe, family, theirs).share >= 0.9995
+    for name, tensor in theirs.items():
+        merged = ref.widen(tensor.bits, "F32")
+        assert ((merged == family.values(0, name)) | (merged == family.values(1, name))).all()

@@ -431,6 +431,7 @@ def _ln(u: NDArray[np.float64]) -> NDArray[np.float64]:
 def _exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
     # x <= 0. x = k ln 2 + r with r within half of ln 2, ln 2 in two parts so that r is exact; then
     # the series of exp r, and k into the exponent. What would be subnormal is zero.
+    x = np.maximum(x, -1000.0)
     k = np.floor(x * 1.4426950408889634 + 0.5)
     r = (x - k * 0.6931471803691238) - k * 1.9082149292705877e-10
     series = _horner(r, [1.0 / math.factorial(m) for m in range(13, -1, -1)])
