@@ -2,7 +2,7 @@
 //!
 //! Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) needs no state, so any block of any tensor
 //! can be made by any thread. The normal deviates use polynomials of this file and not the platform's libm, whose
-//! last bits differ from one system to the next; `reference.py` makes the same bits.
+//! last bits differ from one system to the next; `reasonvec.reference` makes the same bits.
 
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];

@@ -1,8 +1,4 @@
-"""reasonvec in NumPy: the specification that runs.
-
-Every number that the Rust core writes is defined here, in the shortest form that is still exact.
-Read it to learn what a kernel does; run it to check one, because the tests ask that the core gives
-the same bits.
+"""Vectors: formats, update and rounding, sums, random numbers, encodings, statistics.
 
 A tensor is its bit patterns (``Bits``: uint16 for BF16 and F16, uint32 for F32, uint64 for F64)
 together with the safetensors name of its format. Arithmetic happens on ``Work`` arrays, float32 or
@@ -416,8 +412,8 @@ def normal(key: int, index: NDArray[np.uint64]) -> NDArray[np.float64]:
     return np.sqrt(-2.0 * _ln(u1)) * np.where(index % np.uint64(2) == 0, cos, sin)
 
 
-# The logarithm, sine and cosine are written out because the last bits of the ones that come with a
-# system differ from the next system's.
+# The logarithm, exponential, sine and cosine are written out because the last bits of the ones that
+# come with a system differ from the next system's.
 
 
 def _ln(u: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -430,6 +426,17 @@ def _ln(u: NDArray[np.float64]) -> NDArray[np.float64]:
     s = (m - 1.0) / (m + 1.0)
     series = _horner(s * s, [1.0 / k for k in range(19, 0, -2)])
     return _as_f64(e + high) * 0.6931471805599453 + 2.0 * s * series
+
+
+def _exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    # x <= 0. x = k ln 2 + r with r within half of ln 2, ln 2 in two parts so that r is exact; then
+    # the series of exp r, and k into the exponent. What would be subnormal is zero.
+    x = np.maximum(x, -1000.0)
+    k = np.floor(x * 1.4426950408889634 + 0.5)
+    r = (x - k * 0.6931471803691238) - k * 1.9082149292705877e-10
+    series = _horner(r, [1.0 / math.factorial(m) for m in range(13, -1, -1)])
+    power = (np.maximum(k, -1022.0).astype(np.int64) + 1023).astype(np.uint64) << np.uint64(52)
+    return np.where(k < -1021.0, 0.0, series * power.view(np.float64))
 
 
 def _cos_sin_turns(u: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
