@@ -9,6 +9,7 @@ adapters add as vectors do: no cross terms.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ from reasonvec.compat.problem import Problem, Severity, shorten
 from reasonvec.errors import FormatError
 from reasonvec.json_values import Json, read_json
 from reasonvec.names import is_embedding, is_vocabulary, layer_of
+from reasonvec.run import settings
 
 __all__ = ["AdapterFolder", "LowRank", "Update", "Updates", "is_adapter"]
 
@@ -137,9 +139,8 @@ class AdapterFolder:
             if name is None:
                 problems.append(self._missing(module, leaf, base))
                 return
-            problem = self._tie_problem(name, base) or self._shape_problem(name, part, base)
-            if problem is not None:
-                problems.append(problem)
+            found = self._tie_problem(name, base), self._shape_problem(name, part, base)
+            problems.extend(problem for problem in found if problem is not None)
             known = updates.get(name, Update())
             if (known.saved if isinstance(part, str) else known.factors) is not None:
                 message = "changes it twice; reasonvec cannot tell which holds"
@@ -164,6 +165,32 @@ class AdapterFolder:
         for (module, leaf), entry in saved.items():
             put(module, leaf, entry)
         return Updates(updates, list(dict.fromkeys(problems)))
+
+    def copy_problems(
+        self, base: Layout, handle: core.Checkpoint, updates: Updates
+    ) -> list[Problem]:
+        """Tensors with factors of which the adapter holds a copy too (PEFT stores embeddings so):
+        as a vector the adapter is the factors, so the copy must be the base's own. Reads both."""
+        problems = []
+        for name, update in updates.of.items():
+            if update.saved is None or update.factors is None:
+                continue
+            pair = [{"operand": 0, "name": update.saved}, {"operand": 1, "name": name}]
+            tensor: Json = {
+                "name": name,
+                "elements": math.prod(base.tensors[name].shape),
+                "quantities": [[{"coefficient": 1.0, "source": {"difference": pair}}]],
+            }
+            plan = {"tensors": [tensor], "allow_nonfinite": True} | settings({})
+            found = json.loads(core.measure(json.dumps(plan), [self.handle, handle]))
+            if found[0]["moved"][0]:
+                message = (
+                    f"was trained on top of another tensor than {base.path} has: name the base "
+                    "that the factors were trained on; if the tensor itself was trained too, "
+                    f"{_MERGE}"
+                )
+                problems.append(self._problem(message, name))
+        return problems
 
     # ----------------------------------------------------------------------------------------------
     # The config
