@@ -12,7 +12,16 @@ Importing this package imports neither torch nor transformers nor numpy; `reason
 import warnings
 
 from reasonvec._reasonvec import is_debug_build, simd_level, simd_levels, version
-from reasonvec.algebra import Checkpoint, Point, Vector, lerp, load, mean, open  # noqa: A004
+from reasonvec.algebra import (
+    Checkpoint,
+    Point,
+    Vector,
+    adapter,
+    lerp,
+    load,
+    mean,
+    open,  # noqa: A004
+)
 from reasonvec.errors import (
     DamageError,
     FormatError,
@@ -31,6 +40,7 @@ __all__ = [
     "ReasonvecError",
     "Vector",
     "__version__",
+    "adapter",
     "lerp",
     "load",
     "mean",
