@@ -15,6 +15,7 @@ pub trait Work:
     + std::ops::Add<Output = Self>
     + std::ops::Sub<Output = Self>
     + std::ops::Mul<Output = Self>
+    + std::ops::Div<Output = Self>
     + std::ops::Neg<Output = Self>
     + 'static
 {
@@ -35,7 +36,7 @@ pub trait Work:
     /// [`Work::narrow`], quicker, for numbers whose magnitude is below [`Work::limit`].
     fn narrow_below<E: Element>(self) -> E;
     /// The magnitude's bits: they sort as magnitudes do, infinity and NaN last.
-    type Magnitude: Copy + Ord + Default;
+    type Magnitude: Copy + Ord + Default + Send + Sync + Into<u64> + TryFrom<u64>;
     /// |x| by its bits.
     fn magnitude(self) -> Self::Magnitude;
     /// The smallest magnitude that a format's largest number does not hold.

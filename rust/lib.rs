@@ -10,6 +10,7 @@
 //! | 3 | [`stream`] | one pass over a fixed grid inside a fixed budget |
 //! | 4 | [`operand`], [`product`] | what can stand in an expression: a tensor, a difference, a stored vector, a product of factors, a control |
 //! | 4 | [`linalg`] | matrices that are read and never held: leading and trailing singular triplets |
+//! | 4 | [`select`] | the k-th largest of a stream, exactly |
 //! | 5 | [`vector`], [`plan`], [`merge`], [`inspect`] | the subject |
 //! | 6 | `python` | the door |
 
@@ -23,6 +24,7 @@ pub mod operand;
 pub mod philox;
 pub mod plan;
 pub mod product;
+pub mod select;
 pub mod simd;
 pub mod store;
 pub mod stream;

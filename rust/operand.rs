@@ -342,7 +342,14 @@ impl<W: Work> Reader<'_, W> {
     /// # Errors
     /// [`Error::Io`], or [`Error::Format`] for a stored vector that contradicts itself.
     pub fn add(&mut self, level: Level, acc: &mut [W], elements: Range<u64>, first: bool) -> Result<()> {
-        let c = self.coefficient;
+        self.add_times(self.coefficient, level, acc, elements, first)
+    }
+
+    /// [`Reader::add`] with another coefficient than the term's.
+    ///
+    /// # Errors
+    /// As [`Reader::add`].
+    pub fn add_times(&mut self, c: W, level: Level, acc: &mut [W], elements: Range<u64>, first: bool) -> Result<()> {
         match &mut self.kind {
             Kind::Straight(source) => source.add(level, acc, elements, c, first),
             Kind::Segments(segments, pool) => {

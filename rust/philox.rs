@@ -76,7 +76,7 @@ impl Philox {
 
 /// Natural logarithm of a positive normal number, by the series of 2 artanh((m - 1) / (m + 1)).
 #[inline(always)]
-fn ln(u: f64) -> f64 {
+pub fn ln(u: f64) -> f64 {
     let bits = u.to_bits();
     let mut exponent = (bits >> 52) as i64 - 1023;
     let mut m = f64::from_bits((bits & 0x000F_FFFF_FFFF_FFFF) | (1023 << 52));

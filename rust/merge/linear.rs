@@ -3,18 +3,21 @@
 //! Every tile is read once, combined in the first-level cache, rounded once, reported, and digested while it is near. Tensors that do not
 //! change are copied by the kernel.
 
+use std::ops::Range;
+
 use crate::bf16::{Element, Work};
 use crate::operand::{Reader, first_nonfinite, gather_corrections};
 use crate::simd::Level;
 use crate::simd::dispatch::{self, MICRO, Rounding, with_element};
 use crate::store::digest::BlockHash;
-use crate::store::map::Pool;
+use crate::store::map::{Pool, Window};
 use crate::store::writer::Writer;
 use crate::store::{Algorithm, TensorView};
 use crate::stream::{BLOCK, Tile};
 use crate::vector::wide::corrected;
 use crate::{Error, Result};
 
+use super::points::{Points, Update};
 use super::prepare::Job;
 
 /// What is the same for every tile.
@@ -65,6 +68,7 @@ pub(super) fn combine_tile<O: Element, W: Work>(
     out: &mut [u8],
     acc: &mut Vec<W>,
     corrections: &mut Vec<(u32, f64)>,
+    update: &mut dyn Update<W>,
 ) -> Result<TileResult> {
     let How { level, digest: algorithm, allow_nonfinite } = *how;
     let target = match &job.target {
@@ -85,6 +89,7 @@ pub(super) fn combine_tile<O: Element, W: Work>(
     };
     let (mut wide_target, mut change) = ([W::ZERO; MICRO], [W::ZERO; MICRO]);
     for (block, range) in tile.blocks() {
+        update.begin(&mut points(level, &target, tile, &mut readers), range.clone())?;
         gather_corrections(&readers, block, corrections)?;
         let mut pending = corrections.as_slice();
         let mut sums = Rounding::default();
@@ -92,7 +97,9 @@ pub(super) fn combine_tile<O: Element, W: Work>(
         while at < range.end {
             let end = (at + span).min(range.end);
             let acc = &mut acc[..(end - at) as usize];
-            accumulate(&mut readers, level, acc, at..end)?;
+            if !update.make(&mut points(level, &target, tile, &mut readers), acc, at..end)? && !allow_nonfinite {
+                return Err(blame_input::<W>(job, level, at..end, pool));
+            }
             for (i, u) in acc.chunks(MICRO).enumerate() {
                 let from = at + (i * MICRO) as u64;
                 let place = (from - tile.elements.start) as usize;
@@ -160,19 +167,29 @@ pub(super) fn combine_tile<O: Element, W: Work>(
     Ok(result)
 }
 
-fn accumulate<W: Work>(
-    readers: &mut [Reader<'_, W>],
+/// What a family may read of a tile.
+fn points<'r, 'a, W>(
     level: Level,
-    acc: &mut [W],
-    elements: std::ops::Range<u64>,
-) -> Result<()> {
-    if readers.is_empty() {
-        acc.fill(W::ZERO);
+    target: &'r Option<(&TensorView, Window<'_>)>,
+    tile: &Tile,
+    readers: &'r mut [Reader<'a, W>],
+) -> Points<'r, 'a, W> {
+    Points { level, base: target.as_ref().map(|(t, w)| (t.dtype(), &**w)), from: tile.elements.start, readers }
+}
+
+/// The sum of the terms.
+pub(super) struct Sum;
+
+impl<W: Work> Update<W> for Sum {
+    fn make(&mut self, points: &mut Points<'_, '_, W>, u: &mut [W], elements: Range<u64>) -> Result<bool> {
+        if points.readers.is_empty() {
+            u.fill(W::ZERO);
+        }
+        for (i, reader) in points.readers.iter_mut().enumerate() {
+            reader.add(points.level, u, elements.clone(), i == 0)?;
+        }
+        Ok(true)
     }
-    for (i, reader) in readers.iter_mut().enumerate() {
-        reader.add(level, acc, elements.clone(), i == 0)?;
-    }
-    Ok(())
 }
 
 fn check_equal(job: &Job, a: &TensorView, b: &TensorView, x: &[u8], y: &[u8], from: u64) -> Result<()> {
@@ -193,6 +210,19 @@ fn check_equal(job: &Job, a: &TensorView, b: &TensorView, x: &[u8], y: &[u8], fr
 }
 
 const OVERFLOW: &str = "the sum does not fit the output's format; use a smaller alpha or --out-dtype float32";
+
+/// Which input is not finite among some elements of which a method says that one is.
+fn blame_input<W: Work>(job: &Job, level: Level, elements: Range<u64>, pool: &Pool) -> Error {
+    let tensors: Vec<&TensorView> = job.target.iter().map(|(_, t)| t).collect();
+    match first_nonfinite::<W>(&job.name, &tensors, &job.terms, level, elements.clone(), pool) {
+        Ok(Some(error)) | Err(error) => error,
+        Ok(None) => {
+            let path = job.terms.first().map(crate::operand::Term::path).unwrap_or_default();
+            let value = "too far from the base for the work type".into();
+            Error::NonFinite { path, tensor: job.name.clone(), index: elements.start, value, advice: OVERFLOW }
+        }
+    }
+}
 
 /// Which input brought the NaN or infinity that some output of these elements has.
 fn blame<O: Element, W: Work>(job: &Job, level: Level, from: u64, out: &[u8], t: &[W], u: &[W], pool: &Pool) -> Error {

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use crate::bf16::Work;
 use crate::plan::{Operands, noises, scale_noise};
 use crate::simd::Level;
 use crate::simd::dispatch::{Rounding, with_element};
@@ -16,10 +17,13 @@ use crate::store::digest::BlockHash;
 use crate::store::journal::Journal;
 use crate::store::map::{FileMap, Pool};
 use crate::store::writer::{self, Writer};
-use crate::stream::{BLOCK, Control, Grid, Tile, pass};
+use crate::stream::{BLOCK, Control, Gates, Grid, Tile, Visit, pass, visits};
 use crate::{Error, Result};
 
-use super::linear::{How, TileResult, combine_tile, copy_tile};
+use super::linear::{How, Sum, TileResult, combine_tile, copy_tile};
+use super::mask;
+use super::method::{Method, Worker};
+use super::points::Update;
 use super::prepare::{ApplyPlan, Job, Prepared, prepare, share_budget};
 
 /// What became of a tensor.
@@ -107,19 +111,24 @@ pub fn apply(plan: &ApplyPlan, operands: Operands<'_>, control: &Control) -> Res
 
     // Syncing a shard waits for the disk; the workers go on with the next one.
     let (whole, to_finish) = std::sync::mpsc::channel();
+    let visits = visits(&todo.iter().map(|j| j.stages()).collect::<Vec<_>>());
+    let grid = Grid::new(visits.iter().map(|v| todo[v.tensor].elements).collect(), budget.blocks_per_tile);
     let run = Run {
         plan,
+        gates: Gates::new(todo.len()),
+        left: (0..visits.len()).map(|v| AtomicUsize::new(grid.tiles_of(v))).collect(),
+        visits,
         how: How { level: Level::current()?, digest: plan.digest, allow_nonfinite: plan.allow_nonfinite },
         control,
         gathered: todo.iter().map(|_| Mutex::new(None)).collect(),
         jobs: &todo,
         whole,
-        grid: Grid::new(todo.iter().map(|j| j.elements).collect(), budget.blocks_per_tile),
+        grid,
         shards: &shards,
         journal: Mutex::new(journal),
         done: Mutex::new(done),
     };
-    control.expect(todo.iter().map(|j| j.bytes_read() + j.bytes_written()).sum());
+    control.expect(todo.iter().map(|j| j.bytes_read() * j.readings() + j.bytes_written()).sum());
     for (shard, state) in shards.iter().enumerate() {
         // Shards whose tensors were all done when the last run stopped, or that have none.
         if state.left.load(Ordering::Relaxed) == 0 {
@@ -142,7 +151,15 @@ pub fn apply(plan: &ApplyPlan, operands: Operands<'_>, control: &Control) -> Res
             control,
             Scratch::default,
             |tile| run.prefetch(tile),
-            |scratch, _, tile| run.tile(scratch, tile),
+            |scratch, _, tile| {
+                let visit = run.visits[tile.tensor];
+                let result = run.visit(scratch, visit, tile);
+                if result.is_err() {
+                    run.gates.give_up();
+                    run.jobs[visit.tensor].method.iter().for_each(Method::give_up);
+                }
+                result
+            },
         );
         let Run { done, whole, .. } = run;
         // Ends the finisher when shards are missing.
@@ -214,9 +231,16 @@ fn still_true(lines: Vec<Done>, plan: &ApplyPlan, jobs: &[Job], control: &Contro
 struct Scratch {
     pool: Pool,
     out: Vec<u8>,
-    single: Vec<f32>,
-    double: Vec<f64>,
     corrections: Vec<(u32, f64)>,
+    single: Buffers<f32>,
+    double: Buffers<f64>,
+}
+
+/// The buffers of one work type.
+#[derive(Default)]
+struct Buffers<W> {
+    update: Vec<W>,
+    method: mask::Scratch<W>,
 }
 
 struct Run<'a> {
@@ -227,6 +251,11 @@ struct Run<'a> {
     gathered: Vec<Mutex<Option<Gathered>>>,
     whole: Sender<usize>,
     grid: Grid,
+    /// What the tiles of the grid belong to.
+    visits: Vec<Visit>,
+    /// Tiles of each visit that are not done.
+    left: Vec<AtomicUsize>,
+    gates: Gates,
     shards: &'a [ShardRun],
     journal: Mutex<Journal>,
     done: Mutex<HashMap<String, Done>>,
@@ -238,7 +267,12 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl Run<'_> {
     fn prefetch(&self, tile: &Tile) {
-        let job = self.jobs[tile.tensor];
+        let Visit { tensor, stage } = self.visits[tile.tensor];
+        // What comes after the first stage was read a moment ago.
+        if stage > 0 {
+            return;
+        }
+        let job = self.jobs[tensor];
         if let Some((_, target)) = &job.target {
             target.prefetch(tile.elements.clone());
         }
@@ -247,8 +281,35 @@ impl Run<'_> {
         }
     }
 
-    fn tile(&self, scratch: &mut Scratch, tile: &Tile) -> Result<()> {
-        let job = self.jobs[tile.tensor];
+    fn visit(&self, scratch: &mut Scratch, visit: Visit, tile: &Tile) -> Result<()> {
+        self.gates.wait(visit, self.control)?;
+        let job = self.jobs[visit.tensor];
+        let Some(method) = job.method.as_ref().filter(|m| visit.stage < m.measures()) else {
+            return self.combine(scratch, visit, tile);
+        };
+        if !method.skips(visit.stage) {
+            let Scratch { pool, single, double, .. } = scratch;
+            let worker = Worker { level: self.how.level, control: self.control, pool };
+            if job.double {
+                measure(method, visit.stage, worker, job, tile, double)?;
+            } else {
+                measure(method, visit.stage, worker, job, tile, single)?;
+            }
+        }
+        if visit.stage as u64 + 1 < job.readings() {
+            self.control.advance(share(job, tile, job.bytes_read()));
+        }
+        if self.left[tile.tensor].fetch_sub(1, Ordering::AcqRel) == 1 {
+            if !method.skips(visit.stage) {
+                method.solve(visit.stage)?;
+            }
+            self.gates.open(visit);
+        }
+        Ok(())
+    }
+
+    fn combine(&self, scratch: &mut Scratch, visit: Visit, tile: &Tile) -> Result<()> {
+        let job = self.jobs[visit.tensor];
         let writer = lock(&self.shards[job.shard].writer).clone();
         let writer =
             writer.ok_or_else(|| Error::mismatch(&job.name, "its shard was closed too early; please report this"))?;
@@ -257,34 +318,28 @@ impl Run<'_> {
             copy_tile(&self.how, job, tile, &writer, pool)?
         } else {
             out.resize((tile.elements.end - tile.elements.start) as usize * job.dtype.size(), 0);
+            let worker = Worker { level: self.how.level, control: self.control, pool };
             let result = with_element!(job.dtype, O => if job.double {
-                combine_tile::<O, f64>(&self.how, job, tile, pool, out, double, corrections)?
+                with_update(job, worker, &mut double.method, &mut |update| combine_tile::<O, f64>(&self.how, job, tile, pool, out, &mut double.update, corrections, update))?
             } else {
-                combine_tile::<O, f32>(&self.how, job, tile, pool, out, single, corrections)?
+                with_update(job, worker, &mut single.method, &mut |update| combine_tile::<O, f32>(&self.how, job, tile, pool, out, &mut single.update, corrections, update))?
             });
             writer.write_at(out, job.offset + tile.elements.start * job.dtype.size() as u64)?;
             result
         };
-        let share = |bytes: u64| {
-            if job.elements == 0 {
-                0
-            } else {
-                (bytes as u128 * (tile.elements.end - tile.elements.start) as u128 / job.elements as u128) as u64
-            }
-        };
-        self.control.advance(share(job.bytes_read()) + share(job.bytes_written()));
+        self.control.advance(share(job, tile, job.bytes_read()) + share(job, tile, job.bytes_written()));
         drop(writer);
-        self.gather(tile.tensor, result)
+        self.gather(visit.tensor, self.grid.tiles_of(tile.tensor), result)
     }
 
     /// Takes in what a tile has to say; the last tile of a tensor writes the journal, the last tensor of a shard finishes the file.
-    fn gather(&self, tensor: usize, tile: TileResult) -> Result<()> {
+    fn gather(&self, tensor: usize, tiles: usize, tile: TileResult) -> Result<()> {
         let job = self.jobs[tensor];
         let blocks = job.elements.div_ceil(BLOCK) as usize;
         let finished = {
             let mut slot = lock(&self.gathered[tensor]);
             let all = slot.get_or_insert_with(|| Gathered {
-                left: self.grid.tiles_of(tensor),
+                left: tiles,
                 out: vec![[0; 32]; blocks],
                 inputs: vec![vec![[0; 32]; blocks]; job.inputs.len()],
                 rounding: vec![Rounding::default(); blocks],
@@ -332,6 +387,42 @@ impl Run<'_> {
             hand_over(&self.whole, job.shard);
         }
         Ok(())
+    }
+}
+
+/// A tile's part of some bytes of its tensor.
+fn share(job: &Job, tile: &Tile, bytes: u64) -> u64 {
+    if job.elements == 0 {
+        return 0;
+    }
+    (u128::from(bytes) * u128::from(tile.elements.end - tile.elements.start) / u128::from(job.elements)) as u64
+}
+
+fn measure<W: Work>(
+    method: &Method,
+    stage: usize,
+    worker: Worker<'_>,
+    job: &Job,
+    tile: &Tile,
+    buffers: &mut Buffers<W>,
+) -> Result<()> {
+    match method {
+        Method::Gram(gram) => gram.measure(worker, job, tile, &mut buffers.method.lanes),
+        Method::Mask(mask) => mask.measure(stage, worker, job, tile, &mut buffers.method),
+    }
+}
+
+/// Calls `with` with what makes the tiles of a tensor.
+fn with_update<W: Work, R>(
+    job: &Job,
+    worker: Worker<'_>,
+    scratch: &mut mask::Scratch<W>,
+    with: &mut dyn FnMut(&mut dyn Update<W>) -> R,
+) -> R {
+    match &job.method {
+        None => with(&mut Sum),
+        Some(Method::Gram(gram)) => with(&mut gram.update(&mut scratch.lanes)),
+        Some(Method::Mask(mask)) => with(&mut mask.update(worker, job, scratch)),
     }
 }
 

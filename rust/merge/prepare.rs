@@ -13,6 +13,9 @@ use crate::store::{Algorithm, TensorView};
 use crate::stream::{BLOCK, Budget};
 use crate::{Error, Result};
 
+use super::method::{Method, MethodPlan};
+use super::points::Lanes;
+
 /// A whole output.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ApplyPlan {
@@ -67,6 +70,9 @@ pub struct TensorPlan {
     /// Tensors that must equal the target bit for bit (integers, booleans).
     #[serde(default)]
     pub equal: Vec<Ref>,
+    /// How its terms are merged; they are added if nothing is said. With a method they are models, and their coefficients are weights.
+    #[serde(default)]
+    pub method: Option<MethodPlan>,
 }
 
 /// What a plan will take.
@@ -95,11 +101,29 @@ pub(super) struct Job {
     pub(super) equal: Vec<TensorView>,
     pub(super) double: bool,
     pub(super) by_block: bool,
+    pub(super) method: Option<Method>,
 }
 
 impl Job {
+    /// Stages of it: the combining one, and before it those that measure.
+    pub(super) fn stages(&self) -> usize {
+        1 + self.method.as_ref().map_or(0, Method::measures)
+    }
+
+    /// How often its inputs are read, as far as one can know beforehand.
+    pub(super) fn readings(&self) -> u64 {
+        1 + self.method.as_ref().map_or(0, Method::readings)
+    }
+
+    /// Bytes that its workers hold together, however many they are.
+    fn shared_memory(&self) -> u64 {
+        self.method.as_ref().map_or(0, Method::shared_memory)
+    }
+
     pub(super) fn is_copy(&self) -> bool {
-        self.terms.is_empty() && self.target.as_ref().is_some_and(|(_, t)| t.dtype() == self.dtype)
+        self.method.is_none()
+            && self.terms.is_empty()
+            && self.target.as_ref().is_some_and(|(_, t)| t.dtype() == self.dtype)
     }
 
     pub(super) fn bytes_read(&self) -> u64 {
@@ -127,6 +151,11 @@ impl Job {
             let (bytes, scratch) = term.memory();
             per_element += bytes;
             fixed += scratch;
+        }
+        if let Some(method) = &self.method {
+            let inputs = self.terms.len();
+            fixed +=
+                method.memory() + if self.double { Lanes::<f64>::memory(inputs) } else { Lanes::<f32>::memory(inputs) };
         }
         (fixed, per_element * BLOCK)
     }
@@ -232,11 +261,12 @@ fn prepare_tensor(plan: &TensorPlan, shard: usize, offset: u64, operands: Operan
     let mut inputs: Vec<(Ref, TensorView)> = target.iter().cloned().collect();
     let mut terms = Vec::with_capacity(plan.terms.len());
     let mut double = out == Dtype::F64 || target.as_ref().is_some_and(|(_, t)| t.dtype() == Dtype::F64);
+    let by_method = plan.method.as_ref().is_some_and(|m| *m != (MethodPlan::Linear {}));
     for t in &plan.terms {
         let term = operands.term(t, &plan.name, elements)?;
         // Also of what turns out to add nothing: a zero vector is combined as any other of its format.
         double |= term.is_double();
-        if term.is_zero() {
+        if term.is_zero() && !by_method {
             continue;
         }
         if let (Some(crate::plan::SourcePlan::Difference([p, n])), None) = (&t.source, &t.control) {
@@ -270,7 +300,8 @@ fn prepare_tensor(plan: &TensorPlan, shard: usize, offset: u64, operands: Operan
         }
         equal.push(t);
     }
-    let by_block = terms.iter().any(Term::by_block);
+    let method = Method::prepare(plan, &terms, elements, double)?;
+    let by_block = method.is_none() && terms.iter().any(Term::by_block);
     Ok(Job {
         name: plan.name.clone(),
         shard,
@@ -283,6 +314,7 @@ fn prepare_tensor(plan: &TensorPlan, shard: usize, offset: u64, operands: Operan
         equal,
         double,
         by_block,
+        method,
     })
 }
 
@@ -290,7 +322,13 @@ fn prepare_tensor(plan: &TensorPlan, shard: usize, offset: u64, operands: Operan
 pub(super) fn share_budget(jobs: &[Job], settings: &Settings) -> Budget {
     let fixed = jobs.iter().map(|j| j.memory().0).max().unwrap_or(0) + (MICRO * 16) as u64;
     let per_block = jobs.iter().map(|j| j.memory().1).max().unwrap_or(0);
-    Budget::share(settings.memory_budget, settings.threads(), fixed, per_block.max(1))
+    // As many tensors are under way as one has stages.
+    let most = jobs.iter().map(Job::stages).max().unwrap_or(1);
+    let shared = jobs.windows(most.min(jobs.len()).max(1)).map(|w| w.iter().map(Job::shared_memory).sum());
+    let shared: u64 = shared.max().unwrap_or(0);
+    let limit = settings.memory_budget.saturating_sub(shared);
+    let budget = Budget::share(limit, settings.threads(), fixed, per_block.max(1));
+    Budget { bytes: budget.bytes + shared, ..budget }
 }
 
 /// What a plan will read, write and hold, from headers alone; every check that [`apply`] makes before it writes.
@@ -301,7 +339,7 @@ pub fn predict(plan: &ApplyPlan, operands: Operands<'_>) -> Result<Prediction> {
     let prepared = prepare(plan, operands)?;
     let budget = share_budget(&prepared.jobs, &plan.settings);
     Ok(Prediction {
-        read: prepared.jobs.iter().map(Job::bytes_read).sum(),
+        read: prepared.jobs.iter().map(|j| j.bytes_read() * j.readings()).sum(),
         written: prepared.lengths.iter().sum(),
         memory: budget.bytes,
         threads: budget.threads,

@@ -109,6 +109,103 @@ stamp!(
     /// [`kernel::flip`] at a level.
     flip [W: Work] (values: &mut [W], generator: Philox, from: u64)
 );
+stamp!(
+    /// [`kernel::less`] at a level.
+    less [W: Work] (x: &mut [W], base: &[W]) -> W::Magnitude
+);
+stamp!(
+    /// [`kernel::largest`] at a level.
+    largest [W: Work] (x: &[W]) -> W::Magnitude
+);
+stamp!(
+    /// [`kernel::sift`] at a level.
+    sift [W: Work] (bits: &mut [u64], x: &[W], lo: W::Magnitude, hi: W::Magnitude) -> u64
+);
+stamp!(
+    /// [`kernel::count_equal`] at a level.
+    count_equal [W: Work] (x: &[W], key: W::Magnitude) -> u64
+);
+stamp!(
+    /// [`kernel::trim`] at a level.
+    trim [W: Work] (x: &mut [W], floor: W::Magnitude, ceiling: W::Magnitude)
+);
+stamp!(
+    /// [`kernel::keep_random`] at a level.
+    keep_random [W: Work] (x: &mut [W], words: &[u32], limit: u64, scale: W)
+);
+stamp!(
+    /// [`kernel::words`] at a level.
+    words [] (into: &mut [u32], generator: Philox, from: u64)
+);
+stamp!(
+    /// [`kernel::scale`] at a level.
+    scale [W: Work] (x: &mut [W], c: W)
+);
+stamp!(
+    /// [`kernel::add`] at a level.
+    add [W: Work] (acc: &mut [W], x: &[W])
+);
+stamp!(
+    /// [`kernel::add_agreeing`] at a level.
+    add_agreeing [W: Work] (acc: &mut [W], share: &mut [W], x: &[W], sign: &[W], w: W)
+);
+stamp!(
+    /// [`kernel::divide`] at a level.
+    divide [W: Work] (acc: &mut [W], share: &[W], least: W)
+);
+stamp!(
+    /// [`kernel::absolute`] at a level.
+    absolute [W: Work] (into: &mut [W], x: &[W])
+);
+
+stamp!(
+    /// [`kernel::scaled_each`] at a level.
+    scaled_each [W: Work] (acc: &mut [W], v: &[W], c: &[f64], first: bool)
+);
+stamp!(
+    /// [`kernel::add_products_each`] at a level.
+    add_products_each [W: Work] (sums: &mut [f64], a: &[W], b: &[W])
+);
+stamp!(
+    /// [`kernel::exp_less`] at a level.
+    exp_less [] (x: &mut [f64], m: f64)
+);
+stamp!(
+    /// [`kernel::add_spread`] at a level.
+    add_spread [W: Work] (acc: &mut [W], x: &[W], mean: &[W])
+);
+stamp!(
+    /// [`kernel::count_moved`] at a level.
+    count_moved [W: Work] (count: &mut [W], x: &[W], bound: W)
+);
+stamp!(
+    /// [`kernel::count_alone`] at a level.
+    count_alone [W: Work] (count: &[W], x: &[W], bound: W) -> (u64, u64)
+);
+stamp!(
+    /// [`kernel::add_moved`] at a level.
+    add_moved [W: Work] (acc: &mut [W], x: &[W], count: &[W], bound: W, factor: W)
+);
+stamp!(
+    /// [`kernel::divide_by_count`] at a level.
+    divide_by_count [W: Work] (acc: &mut [W], count: &[W])
+);
+stamp!(
+    /// [`kernel::keep_agreeing`] at a level.
+    keep_agreeing [W: Work] (x: &mut [W], sign: &[W])
+);
+stamp!(
+    /// [`kernel::keep_where`] at a level.
+    keep_where [W: Work] (x: &mut [W], other: &[W], floor: W::Magnitude)
+);
+stamp!(
+    /// [`kernel::nearer`] at a level.
+    nearer [W: Work] (u: &mut [W], a: &[W], b: &[W], t: W)
+);
+stamp!(
+    /// [`kernel::weigh`] at a level.
+    weigh [W: Work] (into: &mut [W], x: &[W], c: f64)
+);
 
 /// The rounding report of at most MICRO elements, from the updates and what they changed. Not one body: compilers make better code of
 /// the four loops apart.

@@ -465,3 +465,265 @@ pub fn normal<W: Work>(into: &mut [W], generator: crate::philox::Philox, from: u
         i += 2;
     }
 }
+
+/// `x = x - base`; the largest magnitude of the result.
+#[inline(always)]
+pub fn less<W: Work>(x: &mut [W], base: &[W]) -> W::Magnitude {
+    let mut largest = W::Magnitude::default();
+    for (x, &b) in x.iter_mut().zip(base) {
+        let d = *x - b;
+        largest = largest.max(d.magnitude());
+        *x = d;
+    }
+    largest
+}
+
+/// The largest magnitude.
+#[inline(always)]
+pub fn largest<W: Work>(x: &[W]) -> W::Magnitude {
+    x.iter().fold(W::Magnitude::default(), |largest, x| largest.max(x.magnitude()))
+}
+
+/// Sets a bit for every element whose magnitude is from `lo` to `hi`; how many are above.
+#[inline(always)]
+pub fn sift<W: Work>(bits: &mut [u64], x: &[W], lo: W::Magnitude, hi: W::Magnitude) -> u64 {
+    let mut above = 0u32;
+    for x in x {
+        above += u32::from(x.magnitude() > hi);
+    }
+    for (word, x) in bits.iter_mut().zip(x.chunks(64)) {
+        *word = 0;
+        if let Some(x) = x.as_array::<64>() {
+            let mut found = 0u64;
+            for (j, x) in x.iter().enumerate() {
+                let key = x.magnitude();
+                found |= u64::from((key >= lo) & (key <= hi)) << j;
+            }
+            *word = found;
+        } else {
+            for (j, x) in x.iter().enumerate() {
+                let key = x.magnitude();
+                *word |= u64::from((key >= lo) & (key <= hi)) << j;
+            }
+        }
+    }
+    u64::from(above)
+}
+
+/// How many magnitudes equal `key`.
+#[inline(always)]
+pub fn count_equal<W: Work>(x: &[W], key: W::Magnitude) -> u64 {
+    let mut equal = 0u32;
+    for x in x {
+        equal += u32::from(x.magnitude() == key);
+    }
+    u64::from(equal)
+}
+
+/// Keeps what has a magnitude from `floor` to just below `ceiling`; the rest becomes zero.
+#[inline(always)]
+pub fn trim<W: Work>(x: &mut [W], floor: W::Magnitude, ceiling: W::Magnitude) {
+    for x in x {
+        let key = x.magnitude();
+        *x = if (key >= floor) & (key < ceiling) { *x } else { W::ZERO };
+    }
+}
+
+/// Keeps `x * scale` where the word is below `limit`; the rest becomes zero.
+#[inline(always)]
+pub fn keep_random<W: Work>(x: &mut [W], words: &[u32], limit: u64, scale: W) {
+    for (x, &word) in x.iter_mut().zip(words) {
+        *x = if u64::from(word) < limit { *x * scale } else { W::ZERO };
+    }
+}
+
+/// Words `from..from + into.len()` of a generator's stream: word `i` is word `i % 4` of counter `i / 4`. `from` is a multiple of 4.
+#[inline(always)]
+pub fn words(into: &mut [u32], generator: crate::philox::Philox, from: u64) {
+    let (whole, rest) = into.as_chunks_mut::<4>();
+    for (j, four) in whole.iter_mut().enumerate() {
+        *four = generator.words(from / 4 + j as u64);
+    }
+    let last = generator.words(from / 4 + whole.len() as u64);
+    rest.copy_from_slice(&last[..rest.len()]);
+}
+
+/// `x = c * x`.
+#[inline(always)]
+pub fn scale<W: Work>(x: &mut [W], c: W) {
+    for x in x {
+        *x = c * *x;
+    }
+}
+
+/// `acc = acc + x`.
+#[inline(always)]
+pub fn add<W: Work>(acc: &mut [W], x: &[W]) {
+    for (acc, &x) in acc.iter_mut().zip(x) {
+        *acc = *acc + x;
+    }
+}
+
+/// Where `x` has the sign of `sign` (zero counts as positive there, and as neither in `x`): `acc = acc + x` and `share = share + w`.
+#[inline(always)]
+pub fn add_agreeing<W: Work>(acc: &mut [W], share: &mut [W], x: &[W], sign: &[W], w: W) {
+    for (((acc, share), &x), &sign) in acc.iter_mut().zip(share).zip(x).zip(sign) {
+        let positive = (x > W::ZERO) & (sign >= W::ZERO);
+        let negative = (x < W::ZERO) & (sign < W::ZERO);
+        let agrees = positive | negative;
+        *acc = *acc + if agrees { x } else { W::ZERO };
+        *share = *share + if agrees { w } else { W::ZERO };
+    }
+}
+
+/// `acc = acc / share`, but `acc` itself where the magnitude of `share` is below `least`.
+#[inline(always)]
+pub fn divide<W: Work>(acc: &mut [W], share: &[W], least: W) {
+    for (acc, &share) in acc.iter_mut().zip(share) {
+        let by = if share.abs() < least { W::from_f64(1.0) } else { share };
+        *acc = *acc / by;
+    }
+}
+
+/// `into = |x|`.
+#[inline(always)]
+pub fn absolute<W: Work>(into: &mut [W], x: &[W]) {
+    for (into, x) in into.iter_mut().zip(x) {
+        *into = x.abs();
+    }
+}
+
+/// `acc = c * v`, or `acc + c * v` when not `first`, with a coefficient for each element, rounded once.
+#[inline(always)]
+pub fn scaled_each<W: Work>(acc: &mut [W], v: &[W], c: &[f64], first: bool) {
+    for ((acc, &v), &c) in acc.iter_mut().zip(v).zip(c) {
+        let value = W::from_f64(c) * v;
+        *acc = if first { value } else { *acc + value };
+    }
+}
+
+/// `sums = sums + a * b`: the product in the work type, the sum in f64.
+#[inline(always)]
+pub fn add_products_each<W: Work>(sums: &mut [f64], a: &[W], b: &[W]) {
+    for ((sum, &a), &b) in sums.iter_mut().zip(a).zip(b) {
+        *sum += (a * b).to_f64();
+    }
+}
+
+/// `x = exp(x - m)`, for `m` not below any `x`: `x - m = k ln 2 + r`, the series of `exp r`, and `k` into the exponent. What would be subnormal is zero.
+#[inline(always)]
+pub fn exp_less(x: &mut [f64], m: f64) {
+    const SERIES: [f64; 14] = [
+        1.0 / 6_227_020_800.0,
+        1.0 / 479_001_600.0,
+        1.0 / 39_916_800.0,
+        1.0 / 3_628_800.0,
+        1.0 / 362_880.0,
+        1.0 / 40_320.0,
+        1.0 / 5_040.0,
+        1.0 / 720.0,
+        1.0 / 120.0,
+        1.0 / 24.0,
+        1.0 / 6.0,
+        1.0 / 2.0,
+        1.0,
+        1.0,
+    ];
+    for x in x {
+        let y = *x - m;
+        let k = (y * std::f64::consts::LOG2_E + 0.5).floor();
+        let r = (y - k * 0.693_147_180_369_123_8) - k * 1.908_214_929_270_587_7e-10;
+        let mut p = SERIES[0];
+        for c in &SERIES[1..] {
+            p = p * r + c;
+        }
+        // A number from 2^52 on has its integer in its lowest bits.
+        let biased = (if k > -1022.0 { k } else { -1022.0 }) + 1023.0 + 4_503_599_627_370_496.0;
+        let power = f64::from_bits(biased.to_bits() << 52);
+        *x = if k < -1021.0 { 0.0 } else { p * power };
+    }
+}
+
+/// `acc = acc + (x - mean)^2`.
+#[inline(always)]
+pub fn add_spread<W: Work>(acc: &mut [W], x: &[W], mean: &[W]) {
+    for ((acc, &x), &mean) in acc.iter_mut().zip(x).zip(mean) {
+        let off = x - mean;
+        *acc = *acc + off * off;
+    }
+}
+
+/// Counts, element by element, whose magnitude is above a bound.
+#[inline(always)]
+pub fn count_moved<W: Work>(count: &mut [W], x: &[W], bound: W) {
+    for (count, &x) in count.iter_mut().zip(x) {
+        *count = *count + if x.abs() > bound { W::from_f64(1.0) } else { W::ZERO };
+    }
+}
+
+/// Of the elements above a bound: those that nobody else moved, and those that others moved too.
+#[inline(always)]
+pub fn count_alone<W: Work>(count: &[W], x: &[W], bound: W) -> (u64, u64) {
+    let one = W::from_f64(1.0);
+    let (mut alone, mut shared) = (0u32, 0u32);
+    for (&count, &x) in count.iter().zip(x) {
+        let moved = x.abs() > bound;
+        alone += u32::from(moved & (count == one));
+        shared += u32::from(moved & (count != one));
+    }
+    (u64::from(alone), u64::from(shared))
+}
+
+/// `acc = acc + x` where `x` is above a bound, enlarged where nobody else moved.
+#[inline(always)]
+pub fn add_moved<W: Work>(acc: &mut [W], x: &[W], count: &[W], bound: W, factor: W) {
+    let one = W::from_f64(1.0);
+    for ((acc, &x), &count) in acc.iter_mut().zip(x).zip(count) {
+        let scale = if count == one { factor } else { one };
+        *acc = if x.abs() > bound { *acc + scale * x } else { *acc };
+    }
+}
+
+/// `acc = acc / max(count, 1)`.
+#[inline(always)]
+pub fn divide_by_count<W: Work>(acc: &mut [W], count: &[W]) {
+    let one = W::from_f64(1.0);
+    for (acc, &count) in acc.iter_mut().zip(count) {
+        *acc = *acc / if count > one { count } else { one };
+    }
+}
+
+/// Keeps what has the sign of `sign`, zero counting as positive there; the rest becomes zero.
+#[inline(always)]
+pub fn keep_agreeing<W: Work>(x: &mut [W], sign: &[W]) {
+    for (x, &sign) in x.iter_mut().zip(sign) {
+        let agrees = if sign >= W::ZERO { *x > W::ZERO } else { *x < W::ZERO };
+        *x = if agrees { *x } else { W::ZERO };
+    }
+}
+
+/// Keeps `x` where `other` has a magnitude of at least `floor`; the rest becomes zero.
+#[inline(always)]
+pub fn keep_where<W: Work>(x: &mut [W], other: &[W], floor: W::Magnitude) {
+    for (x, other) in x.iter_mut().zip(other) {
+        *x = if other.magnitude() >= floor { *x } else { W::ZERO };
+    }
+}
+
+/// `u = b` where `|b - a| <= t`, else `a + t` or `a - t`, towards `b`.
+#[inline(always)]
+pub fn nearer<W: Work>(u: &mut [W], a: &[W], b: &[W], t: W) {
+    for ((u, &a), &b) in u.iter_mut().zip(a).zip(b) {
+        let d = b - a;
+        let step = if d < W::ZERO { W::ZERO - t } else { t };
+        *u = if d.abs() <= t { b } else { a + step };
+    }
+}
+
+/// `into = |x| * c`: the product in f64, rounded once.
+#[inline(always)]
+pub fn weigh<W: Work>(into: &mut [W], x: &[W], c: f64) {
+    for (into, x) in into.iter_mut().zip(x) {
+        *into = W::from_f64(x.abs().to_f64() * c);
+    }
+}

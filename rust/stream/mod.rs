@@ -1,9 +1,11 @@
 //! One pass over a fixed grid, inside a fixed budget.
 
 pub mod budget;
+pub mod gate;
 pub mod pass;
 pub mod tile;
 
 pub use budget::Budget;
+pub use gate::{Gates, Visit, visits};
 pub use pass::{Control, Turn};
 pub use tile::{BLOCK, Grid, Tile};

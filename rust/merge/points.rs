@@ -1,0 +1,115 @@
+//! The base and the models of a tensor, opened on some elements and read a little at a time.
+
+use std::ops::Range;
+
+use crate::Result;
+use crate::bf16::Work;
+use crate::dtype::Dtype;
+use crate::operand::Reader;
+use crate::simd::Level;
+use crate::simd::dispatch::{self, MICRO, with_element};
+use crate::store::map::{Pool, Window};
+
+use super::prepare::Job;
+
+/// What a tile of the output is made of.
+pub(super) struct Points<'r, 'a, W> {
+    pub(super) level: Level,
+    pub(super) base: Option<(Dtype, &'r [u8])>,
+    /// Where the base's bytes begin.
+    pub(super) from: u64,
+    pub(super) readers: &'r mut [Reader<'a, W>],
+}
+
+/// The windows and readers behind [`Points`].
+pub(super) struct Opened<'a, W> {
+    level: Level,
+    base: Option<(Dtype, Window<'a>)>,
+    from: u64,
+    readers: Vec<Reader<'a, W>>,
+}
+
+impl<'a, W: Work> Opened<'a, W> {
+    /// Opens some elements of everything that a tensor is made of.
+    pub(super) fn new(level: Level, job: &'a Job, elements: &Range<u64>, pool: &'a Pool) -> Result<Self> {
+        let base = match &job.target {
+            Some((_, t)) => Some((t.dtype(), t.window(elements.clone(), pool)?)),
+            None => None,
+        };
+        let mut readers = Vec::with_capacity(job.terms.len());
+        for term in &job.terms {
+            readers.push(term.open::<W>(elements.clone(), pool)?);
+        }
+        Ok(Self { level, base, from: elements.start, readers })
+    }
+
+    pub(super) fn points(&mut self) -> Points<'_, 'a, W> {
+        Points {
+            level: self.level,
+            base: self.base.as_ref().map(|(d, w)| (*d, &**w)),
+            from: self.from,
+            readers: &mut self.readers,
+        }
+    }
+}
+
+impl<W: Work> Points<'_, '_, W> {
+    /// The base; zero where there is none.
+    pub(super) fn base(&self, into: &mut [W], elements: &Range<u64>) {
+        let Some((dtype, bytes)) = self.base else { return into.fill(W::ZERO) };
+        let at = |i: u64| (i - self.from) as usize * dtype.size();
+        let bytes = &bytes[at(elements.start)..at(elements.end)];
+        with_element!(dtype, E => dispatch::widen::<E, W>(self.level, into, bytes));
+    }
+
+    /// A model.
+    pub(super) fn model(&mut self, i: usize, into: &mut [W], elements: &Range<u64>) -> Result<()> {
+        self.readers[i].add_times(W::from_f64(1.0), self.level, into, elements.clone(), true)
+    }
+
+    /// A model less the base, or the model where there is none. Whether all of it is finite.
+    pub(super) fn input(&mut self, i: usize, into: &mut [W], base: &[W], elements: &Range<u64>) -> Result<bool> {
+        self.model(i, into, elements)?;
+        let largest = if self.base.is_some() {
+            dispatch::less(self.level, into, base)
+        } else {
+            dispatch::largest(self.level, into)
+        };
+        Ok(W::from_magnitude(largest).is_finite())
+    }
+}
+
+/// The buffers of a worker: [`MICRO`] elements each.
+#[derive(Debug, Default)]
+pub(super) struct Lanes<W> {
+    pub(super) base: Vec<W>,
+    pub(super) inputs: Vec<Vec<W>>,
+    pub(super) more: [Vec<W>; 3],
+}
+
+impl<W: Work> Lanes<W> {
+    /// Makes room for so many inputs.
+    pub(super) fn fit(&mut self, inputs: usize) {
+        let full = |v: &mut Vec<W>| v.resize(MICRO.max(v.len()), W::ZERO);
+        full(&mut self.base);
+        self.more.iter_mut().for_each(full);
+        self.inputs.resize_with(inputs.max(self.inputs.len()), Vec::new);
+        self.inputs.iter_mut().for_each(full);
+    }
+
+    /// Bytes that so many inputs take.
+    pub(super) fn memory(inputs: usize) -> u64 {
+        ((inputs + 4) * MICRO * size_of::<W>()) as u64
+    }
+}
+
+/// What a family makes of a tile: the update of its target.
+pub(super) trait Update<W: Work> {
+    /// Called before the first element of a block.
+    fn begin(&mut self, _points: &mut Points<'_, '_, W>, _block: Range<u64>) -> Result<()> {
+        Ok(())
+    }
+
+    /// The update of some elements. Whether every input was finite, as far as the output may not show it.
+    fn make(&mut self, points: &mut Points<'_, '_, W>, u: &mut [W], elements: Range<u64>) -> Result<bool>;
+}
