@@ -13,6 +13,7 @@ import warnings
 
 from reasonvec._reasonvec import is_debug_build, simd_level, simd_levels, version
 from reasonvec.algebra import Checkpoint, Point, Vector, lerp, load, mean, open  # noqa: A004
+from reasonvec.config import read_config
 from reasonvec.errors import (
     DamageError,
     FormatError,
@@ -20,7 +21,6 @@ from reasonvec.errors import (
     NonFiniteError,
     ReasonvecError,
 )
-
 from reasonvec.merging.merge import (
     Merge,
     arcee_fusion,
@@ -79,6 +79,7 @@ __all__ = [
     "passthrough",
     "ram",
     "ramplus_tl",
+    "read_config",
     "sce",
     "simd_level",
     "simd_levels",

@@ -88,8 +88,8 @@ class TensorChange:
 
     ``action`` is "update", "merge" (made of several, with nothing that it is a change of), "copy",
     "convert" (another dtype, no update) or "check" (an integer that must be equal in all inputs,
-    then copied); ``why`` says why a tensor is not updated. ``method`` is the core's plan of a method
-    that is no weighted sum, ``inputs`` names what a merge makes the tensor of."""
+    then copied); ``why`` says why a tensor is not updated. ``method`` is the core's plan of a
+    method that is no weighted sum, ``inputs`` names what a merge makes the tensor of."""
 
     name: str
     file: str

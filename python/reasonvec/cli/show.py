@@ -176,6 +176,22 @@ def show_plan(plan: ApplyPlan) -> None:
     _say(f"[red]would stop: {len(errors)} errors[/]" if errors else "[green]would run[/]")
 
 
+def show_merge_plan(plan: ApplyPlan) -> None:
+    """The resolved recipe, tensor by tensor; then what the whole takes, and every problem."""
+    rows = []
+    for t in plan.tensors:
+        if t.method is not None:
+            said = {k: v for k, v in t.method.items() if k != "kind"}
+            how = " ".join([str(t.method["kind"]), *(f"{k}={v}" for k, v in said.items())])
+        else:
+            how = ""
+        weights = " ".join(f"{c:.4g}" for c in t.coefficients)
+        inputs = ", ".join(dict.fromkeys(t.inputs))
+        rows.append([t.name, t.dtype, t.action, weights, how or t.why or "", inputs])
+    _table(["tensor", "dtype", "action", "coefficients", "how", "of"], rows)
+    show_plan(plan)
+
+
 def show_undo(report: UndoReport) -> None:
     origin = "copied from its source" if report.origin == "source" else "rebuilt from the residual"
     _say(

@@ -7,7 +7,6 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import cached_property
-
 from typing import TYPE_CHECKING, Protocol
 
 from reasonvec.algebra import Point

@@ -8,6 +8,7 @@ own parameters' values where nothing narrower (a slice, a model) says another. T
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, TypeAlias
@@ -37,11 +38,18 @@ Numerics: TypeAlias = Literal["default", "mergekit"]
 class Reader(Protocol):
     """The parameters of one tensor."""
 
-    numerics: Numerics
-    seed: int
-    ramp: float
-    """How deep the tensor is, from 0 (embeddings, the first layer) to 1 (the last layer, the final
-    norm, the head)."""
+    @property
+    def numerics(self) -> Numerics:
+        """Whose numerics."""
+
+    @property
+    def seed(self) -> int:
+        """Of everything random."""
+
+    @property
+    def ramp(self) -> float:
+        """How deep the tensor is, from 0 (embeddings, the first layer) to 1 (the last layer, the
+        final norm, the head)."""
 
     def value(self, key: str, default: float, model: int | None = None) -> float:
         """A parameter's number here, of one model or of the whole."""
@@ -99,7 +107,8 @@ class Method:
             else f"{fewest} to {most}"
         )
         besides = " besides the base" if self.base in {"needed", "model"} else ""
-        return f"{self.name}: needs {wanted} model{'s' * (wanted[-2:] != ' 1')}{besides}, found {models}"
+        plural = "" if wanted.endswith(" 1") else "s"
+        return f"{self.name}: needs {wanted} model{plural}{besides}, found {models}"
 
 
 def _key(name: str) -> str:
@@ -121,6 +130,14 @@ def _share(read: Reader, key: str, default: float, model: int | None = None) -> 
     if not 0.0 <= value <= 1.0:
         message = f"{key} is {value:g}, expected a share from 0 to 1"
         raise ReasonvecError(message)
+    return value
+
+
+def _asked(read: Reader, key: str, method: str) -> float:
+    """A parameter that has no default."""
+    value = read.value(key, math.nan)
+    if math.isnan(value):
+        raise ReasonvecError(f"{method}: needs the parameter {key}, which is nowhere given")
     return value
 
 
@@ -231,7 +248,7 @@ class Slerp(Method):
     t: Parameter | None = None
 
     def plan(self, read: Reader, models: int) -> Json:
-        return {"kind": "slerp", "t": read.value("t", 0.5)}
+        return {"kind": "slerp", "t": _asked(read, "t", self.name)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -495,7 +512,7 @@ class Nearswap(Method):
     t: Parameter | None = None
 
     def plan(self, read: Reader, models: int) -> Json:
-        t = read.value("t", 0.0)
+        t = _asked(read, "t", self.name)
         if t < 0.0:
             raise ReasonvecError(f"nearswap: t is {t:g}, expected at least 0")
         return {"kind": "nearswap", "t": t}

@@ -152,6 +152,7 @@ class _Planner:
     seed: int
     problems: list[Problem] = field(default_factory=list)
     inputs: dict[int, Input] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
 
     # ---- opening
 
@@ -203,11 +204,13 @@ class _Planner:
             listed = [model for model in models if _same(model.input, base)]
             opened = listed[0] if listed else _Model(base, {}, models[0].start if models else None)
             models = [model for model in models if model not in listed]
-            if not models:
-                models = listed if method.base == "none" else []
-        elif base is not None and not any(_same(model.input, base) for model in models):
-            if method.name not in {"passthrough"} and not lengths:
-                models.append(_Model(base, {}, None))
+        elif (
+            base is not None
+            and method.name != "passthrough"
+            and not lengths
+            and not any(_same(model.input, base) for model in models)
+        ):
+            models.append(_Model(base, {}, None))
         problem = method.check(len(models))
         if problem is not None:
             self.error("models", problem)
@@ -543,7 +546,10 @@ class _Planner:
         try:
             target, terms, method = self._combined(part, name, layer, reader, rows)
         except ReasonvecError as error:
-            self.error("parameter", f"{out}: {error}", out)
+            # One line for what is wrong in every tensor alike.
+            if str(error) not in self.told:
+                self.told.add(str(error))
+                self.error("parameter", f"{error} (first at {out})", out)
             target, terms, method = None, [], None
         return self._settled(info, out, shape, target, terms, [], method, None, labels)
 
@@ -632,7 +638,7 @@ class _Planner:
 
     def _refs(self, model: _Model, name: str, layer: int | None) -> list[Json]:
         terms = model.input.terms(model.name(name, layer), self.operands)
-        return [ref for term in terms if (ref := _plain(term)) is not None]
+        return [ref for term in terms if isinstance(ref := _plain(term), dict)]
 
     def _lacking(
         self,

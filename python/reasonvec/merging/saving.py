@@ -85,7 +85,6 @@ def plan(merge: Merge, out: Path, options: MergeOptions) -> ApplyPlan:
         "ApplyOptions",
         {key: value for key, value in options.items() if key not in _OWN} | {"out_dtype": asked},
     )
-    # Written by this library, and so not copied: what a donor says of itself is not true of a merge.
     beside = _Beside(merge, found, options, template, len(shards) > 1)
     return settle(merge, out, settled, operands, problems, changes, layout, beside)
 
