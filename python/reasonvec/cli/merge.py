@@ -165,7 +165,7 @@ def _shard_size(context: click.Context, parameter: click.Parameter, text: str) -
     help="Flush files to the disk before they get their final names.",
 )
 @click.option("--num-threads", type=click.IntRange(min=0), hidden=True)
-@click.option("--verbose", "-v", count=True, help="Show every tensor of a dry run.")
+@click.option("--verbose", "-v", count=True, hidden=True, expose_value=False)
 @click.option("--no-quiet", is_flag=True, hidden=True, expose_value=False)
 @_idle_options
 @running_options
@@ -182,7 +182,6 @@ def merge(
     out_dtype: OutDtype | None,
     digest: DigestName,
     num_threads: int | None,
-    verbose: int,
     threads: int,
     memory_budget: int,
     *,
