@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypedDict
 
 from reasonvec import _reasonvec as core
 from reasonvec.algebra import Point
@@ -27,32 +27,33 @@ from reasonvec.rounding import Rounding
 from reasonvec.run import DigestName, RunOptions, settings
 from reasonvec.terms import Operands, elements, place_term
 
+if TYPE_CHECKING:
+    from reasonvec.merging.merge import Merge
+
 __all__ = [
+    "Accompaniment",
     "ApplyOptions",
     "ApplyPlan",
     "ApplyReport",
     "OutDtype",
+    "SaveOptions",
     "TensorChange",
     "WrittenTensor",
     "apply",
     "plan",
+    "settle",
 ]
 
 OutDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
-Action: TypeAlias = Literal["update", "copy", "convert", "check"]
+Action: TypeAlias = Literal["update", "merge", "copy", "convert", "check"]
 _DTYPES: dict[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-class ApplyOptions(RunOptions, total=False):
-    """Keywords of `Point.save` and `reasonvec.plan`."""
+class SaveOptions(RunOptions, total=False):
+    """Keywords of saving any point."""
 
-    vocab: VocabPolicy
-    """``"strict"`` (default): embeddings and head must have the same rows for the same tokens;
-    ``"skip"``: leave them as they are; ``"match-tokens"``: match rows by token string."""
     missing: MissingPolicy
-    """``"error"`` (default) or ``"skip"``: tensors that only the vector or only the target has."""
-    map_prefix: Sequence[tuple[str, str]]
-    """Pairs (A, B): target names that begin with A read the vector's under B."""
+    """``"error"`` (default) or ``"skip"``: tensors that only some of the inputs have."""
     out_dtype: OutDtype | None
     """The dtype of the output where the target has its main one; the target's by default."""
     digest: DigestName
@@ -65,6 +66,16 @@ class ApplyOptions(RunOptions, total=False):
     """Replace an earlier output of reasonvec in the folder."""
     allow_nonfinite: bool
     """Let NaN and infinity pass."""
+
+
+class ApplyOptions(SaveOptions, total=False):
+    """Keywords of `Point.save` and `reasonvec.plan`."""
+
+    vocab: VocabPolicy
+    """``"strict"`` (default): embeddings and head must have the same rows for the same tokens;
+    ``"skip"``: leave them as they are; ``"match-tokens"``: match rows by token string."""
+    map_prefix: Sequence[tuple[str, str]]
+    """Pairs (A, B): target names that begin with A read the vector's under B."""
     keep_undo: bool
     """Store the exact way back beside the output, for `undo` without the target."""
     chat_template_from: Path | None
@@ -75,8 +86,10 @@ class ApplyOptions(RunOptions, total=False):
 class TensorChange:
     """What happens, or happened, to one tensor of the target.
 
-    ``action`` is "update", "copy", "convert" (another dtype, no update) or "check" (an integer that
-    must be equal in all inputs, then copied); ``why`` says why a tensor is not updated."""
+    ``action`` is "update", "merge" (made of several, with nothing that it is a change of), "copy",
+    "convert" (another dtype, no update) or "check" (an integer that must be equal in all inputs,
+    then copied); ``why`` says why a tensor is not updated. ``method`` is the core's plan of a
+    method that is no weighted sum, ``inputs`` names what a merge makes the tensor of."""
 
     name: str
     file: str
@@ -87,6 +100,8 @@ class TensorChange:
     why: str | None = None
     digest: str | None = None
     rounding: Rounding | None = None
+    method: Json | None = None
+    inputs: tuple[str, ...] = ()
 
 
 class WrittenTensor(TypedDict):
@@ -108,11 +123,27 @@ class _Prediction(TypedDict):
     memory: int
 
 
+class Accompaniment(Protocol):
+    """What an output has besides its shards, where it is not one target's own files."""
+
+    def files(self, plan: ApplyPlan) -> dict[str, Path | bytes]:
+        """By name, a file to copy or the bytes to write."""
+
+    def index(self, plan: ApplyPlan) -> tuple[str, bytes] | None:
+        """The name and the content of the shard index, if there are several shards."""
+
+    def said(self, plan: ApplyPlan) -> Json:
+        """The recipe, for the record."""
+
+    def card(self, plan: ApplyPlan, tensors: list[TensorChange]) -> str | None:
+        """The README.md, where one is wanted."""
+
+
 @dataclass(frozen=True)
 class ApplyPlan:
     """What a save will do, decided from headers alone: every tensor, every problem, every cost."""
 
-    point: Point
+    point: Point | Merge
     out: Path
     problems: list[Problem]
     tensors: list[TensorChange]
@@ -124,6 +155,7 @@ class ApplyPlan:
     operands: Operands = field(repr=False)
     destination: Destination = field(repr=False)
     options: ApplyOptions = field(repr=False)
+    beside: Accompaniment | None = field(default=None, repr=False)
 
     @property
     def errors(self) -> list[Problem]:
@@ -155,6 +187,8 @@ class ApplyPlan:
                     "coefficients": list(t.coefficients),
                     "why": t.why,
                 }
+                | ({"method": t.method} if t.method is not None else {})
+                | ({"inputs": list(t.inputs)} if t.inputs else {})
                 for t in self.tensors
             ],
         }
@@ -284,11 +318,27 @@ def plan(point: Point, out: Path, options: ApplyOptions) -> ApplyPlan:
                 "equal": equal,
             }
         )
+    layout = [_shard(target, file, tensors) for file, tensors in shards.items()]
+    return settle(point, out, options, operands, problems, changes, layout)
+
+
+def settle(
+    point: Point | Merge,
+    out: Path,
+    options: ApplyOptions,
+    operands: Operands,
+    problems: list[Problem],
+    changes: list[TensorChange],
+    shards: list[Json],
+    beside: Accompaniment | None = None,
+) -> ApplyPlan:
+    """A plan, when it is decided what becomes of each tensor: what it costs, and whether its folder
+    may be written."""
     core_plan: Json = {
         "out": str(out),
         "digest": options.get("digest", "xxh3-128"),
         "allow_nonfinite": options.get("allow_nonfinite", False),
-        "shards": [_shard(target, file, tensors) for file, tensors in shards.items()],
+        "shards": shards,
     } | settings(options, sync=options.get("sync", True), resume=options.get("resume", False))
     prediction: _Prediction = {"read": 0, "written": 0, "memory": 0}
     if not any(problem.severity == "error" for problem in problems):
@@ -321,6 +371,7 @@ def plan(point: Point, out: Path, options: ApplyOptions) -> ApplyPlan:
         operands,
         destination,
         options,
+        beside,
     )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from reasonvec import _reasonvec as core
 from reasonvec.adapter import AdapterFolder
-from reasonvec.algebra import Adapter, Difference, Scaled, Vector
+from reasonvec.algebra import Adapter, Difference, Point, Scaled, Vector
 from reasonvec.apply import ApplyOptions, ApplyPlan, ApplyReport, TensorChange, WrittenTensor
 from reasonvec.destination import MANIFEST, UNDO, relative, write_json
 from reasonvec.folders import CheckpointFolder, Folder
@@ -22,7 +23,7 @@ __all__ = ["finish"]
 
 def finish(plan: ApplyPlan, rows: list[WrittenTensor]) -> ApplyReport:
     """Everything besides the shards: side files, manifest, index last; then the journal goes."""
-    out, options, target = plan.out, plan.options, plan.point.base
+    out, options = plan.out, plan.options
     sync = options.get("sync", True)
     digest = options.get("digest", "xxh3-128")
     tensors = [_done(change, row) for change, row in zip(_in_order(plan, rows), rows, strict=True)]
@@ -30,32 +31,63 @@ def finish(plan: ApplyPlan, rows: list[WrittenTensor]) -> ApplyReport:
         out, str(plan.point), tensors, [p for p in plan.problems if p.severity == "warning"]
     )
     files: dict[str, str | None] = {}
-    index = target.handle.index
-    index_path = target.folder / index if index is not None else None
-    for path in target.files():
-        content = _side_file(path, plan)
-        if content is None:
-            core.copy_whole(path, out / path.name, sync)
+    beside = _of_target(plan) if plan.beside is None else plan.beside
+    written = beside.files(plan)
+    card = beside.card(plan, tensors)
+    if card is not None:
+        written["README.md"] = card.encode()
+    for name, content in written.items():
+        if isinstance(content, Path):
+            core.copy_whole(content, out / name, sync)
         else:
-            core.write_whole(out / path.name, content, sync)
-        files[path.name] = core.digest_file(out / path.name, digest)
+            core.write_whole(out / name, content, sync)
+        files[name] = core.digest_file(out / name, digest)
     template = options.get("chat_template_from")
     if template is not None:
         for name in _take_chat_template(template, out, sync=sync):
             files.pop("chat_template.jinja", None)
             files[name] = core.digest_file(out / name, digest)
-    index_content = None
-    if index_path is not None:
-        index_content = _side_file(index_path, plan) or index_path.read_bytes()
-        files[index_path.name] = None
-    manifest = _manifest(plan, report, rows, files)
-    write_json(out / MANIFEST, manifest, sync=sync)
-    if index_path is not None and index_content is not None:
-        core.write_whole(out / index_path.name, index_content, sync)
+    index = beside.index(plan)
+    if index is not None:
+        files[index[0]] = None
+    write_json(out / MANIFEST, _manifest(plan, report, rows, files, beside.said(plan)), sync=sync)
+    if index is not None:
+        core.write_whole(out / index[0], index[1], sync)
     if options.get("keep_undo", False):
         _store_undo(plan, sync=sync)
     (out / core.journal_name()).unlink()
     return report
+
+
+class _OfTarget:
+    """The small files of a target: the same bytes, but where the dtype is another."""
+
+    def __init__(self, point: Point) -> None:
+        self.point = point
+
+    def files(self, plan: ApplyPlan) -> dict[str, Path | bytes]:
+        paths = self.point.base.files()
+        return {path.name: _side_file(path, self.point, plan) or path for path in paths}
+
+    def index(self, plan: ApplyPlan) -> tuple[str, bytes] | None:
+        name = self.point.base.handle.index
+        if name is None:
+            return None
+        path = self.point.base.folder / name
+        return path.name, _side_file(path, self.point, plan) or path.read_bytes()
+
+    def said(self, plan: ApplyPlan) -> Json:
+        terms = [_term(scaled, plan.operands) for scaled in self.point.vector.terms]
+        return {"target": 0, "terms": terms}
+
+    def card(self, plan: ApplyPlan, tensors: list[TensorChange]) -> str | None:
+        return None
+
+
+def _of_target(plan: ApplyPlan) -> _OfTarget:
+    if not isinstance(plan.point, Point):
+        raise TypeError("only a point has a target")
+    return _OfTarget(plan.point)
 
 
 def _in_order(plan: ApplyPlan, rows: list[WrittenTensor]) -> list[TensorChange]:
@@ -65,20 +97,15 @@ def _in_order(plan: ApplyPlan, rows: list[WrittenTensor]) -> list[TensorChange]:
 
 def _done(change: TensorChange, row: WrittenTensor) -> TensorChange:
     rounding = row["rounding"]
-    return TensorChange(
-        change.name,
-        change.file,
-        change.dtype,
-        change.shape,
-        change.action,
-        change.coefficients,
-        change.why,
-        row["digest"],
-        Rounding.of(rounding) if rounding is not None and change.action == "update" else None,
+    kept = rounding is not None and change.action == "update"
+    return replace(
+        change,
+        digest=row["digest"],
+        rounding=Rounding.of(rounding) if rounding is not None and kept else None,
     )
 
 
-def _side_file(path: Path, plan: ApplyPlan) -> bytes | None:
+def _side_file(path: Path, point: Point, plan: ApplyPlan) -> bytes | None:
     """What a file of the target becomes; None for the same bytes."""
     asked = plan.options.get("out_dtype")
     if asked is None or plan.written_bytes == 0:
@@ -91,7 +118,7 @@ def _side_file(path: Path, plan: ApplyPlan) -> bytes | None:
                     if key in part:
                         part[key] = asked
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-    if path.name == plan.point.base.handle.index:
+    if path.name == point.base.handle.index:
         index = read_json(path)
         size = sum(elements(t.shape) * _item(t.dtype) for t in plan.tensors)
         metadata = index.get("metadata")
@@ -122,7 +149,11 @@ def _take_chat_template(folder: Path, out: Path, *, sync: bool) -> list[str]:
 
 
 def _manifest(
-    plan: ApplyPlan, report: ApplyReport, rows: list[WrittenTensor], files: dict[str, str | None]
+    plan: ApplyPlan,
+    report: ApplyReport,
+    rows: list[WrittenTensor],
+    files: dict[str, str | None],
+    said: Json,
 ) -> Json:
     out, options = plan.out, plan.options
     folders, template = plan.operands.folders, options.get("chat_template_from")
@@ -142,8 +173,7 @@ def _manifest(
         "format": 1,
         "reasonvec": core.version(),
         "recipe": str(plan.point),
-        "target": 0,
-        "terms": [_term(scaled, plan.operands) for scaled in plan.point.vector.terms],
+        **said,
         "options": {
             "vocab": options.get("vocab", "strict"),
             "missing": options.get("missing", "error"),
@@ -206,7 +236,7 @@ def _store_undo(plan: ApplyPlan, *, sync: bool) -> None:
     where the output's differ."""
     from reasonvec.extract import ExtractOptions, write_vector
 
-    out, target = plan.out, plan.point.base
+    out, target = plan.out, _of_target(plan).point.base
     way_back = Vector([Scaled(Difference(target, CheckpointFolder(out)))])
     folder = out / UNDO
     folder.mkdir(exist_ok=True)

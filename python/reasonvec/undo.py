@@ -60,6 +60,12 @@ def undo(folder: Path, out: Path, **options: Unpack[UndoOptions]) -> UndoReport:
     record = folder / MANIFEST
     inputs = objects_in(manifest, "inputs", record)
     number = manifest.get("target")
+    if "merge" in manifest:
+        message = (
+            f"{folder}: is a merge of several models, and changes none of them: there is no target "
+            "to give back; the record names its inputs"
+        )
+        raise ReasonvecError(message)
     if not isinstance(number, int) or not 0 <= number < len(inputs):
         message = f"{record}: expected 'target' to be the number of an input, found {number!r}"
         raise FormatError(message)

@@ -23,6 +23,7 @@ from reasonvec.cli.console import (
     selecting_options,
     vector_sources,
 )
+from reasonvec.cli.merge import merge
 
 if TYPE_CHECKING:
     from reasonvec.algebra import Vector
@@ -277,6 +278,9 @@ def apply(
 
     emit(plan.as_json if report is None else report.as_json, show, as_json=as_json, quiet=quiet)
     raise SystemExit(1 if report is None and plan.errors else 0)
+
+
+main.add_command(merge)
 
 
 @main.command()

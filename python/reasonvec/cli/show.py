@@ -156,7 +156,11 @@ def show_apply(report: ApplyReport) -> None:
                 "[yellow]many updates were too small for the output's dtype[/]: --out-dtype "
                 "float32 keeps them"
             )
-    changed = sum(1 for t in report.tensors if t.rounding is not None and t.rounding.updated)
+    changed = sum(
+        1
+        for t in report.tensors
+        if t.action == "merge" or (t.rounding is not None and t.rounding.updated)
+    )
     _say(f"{count(changed)} tensors updated, {count(len(report.tensors) - changed)} as they were")
     _say(f"written to {escape(str(report.path))}")
 
@@ -174,6 +178,21 @@ def show_plan(plan: ApplyPlan) -> None:
     )
     errors = plan.errors
     _say(f"[red]would stop: {len(errors)} errors[/]" if errors else "[green]would run[/]")
+
+
+def show_merge_plan(plan: ApplyPlan) -> None:
+    """The resolved recipe, tensor by tensor; then what the whole takes, and every problem."""
+    for t in plan.tensors:
+        # One line each and no table: names are long, and a cut name is no answer.
+        said = {} if t.method is None else {k: v for k, v in t.method.items() if k != "kind"}
+        values = ", ".join(f"{key}={value}" for key, value in said.items())
+        how = "" if t.method is None else f" {t.method['kind']}({values})"
+        of = f" of {', '.join(dict.fromkeys(t.inputs))}" if t.inputs else ""
+        weights = ", ".join(f"{c:.6g}" for c in t.coefficients)
+        times = f" times {weights}" if weights else ""
+        why = f" ({t.why})" if t.why else ""
+        _say(escape(f"{t.name}: {t.dtype} {t.action}{how}{of}{times}{why}"))
+    show_plan(plan)
 
 
 def show_undo(report: UndoReport) -> None:

@@ -1,0 +1,1 @@
+"""Merging: methods, models, slices and vocabularies, planned tensor by tensor."""
