@@ -185,6 +185,31 @@ def read_family(folders: Sequence[Path]) -> Family:
     return Family(folders, [read_checkpoint(folder) for folder in folders])
 
 
+def packed(family: Family) -> Family:
+    """A Mixtral as transformers 5 holds it, and as mergekit therefore merges and writes it.
+
+    The experts of a layer are one tensor: w1 above w3 as gate_up_proj, and w2 as down_proj.
+    """
+    return Family(family.folders, [_packed(tensors) for tensors in family.tensors])
+
+
+def _packed(tensors: Tensors) -> Tensors:
+    found = {name: tensor for name, tensor in tensors.items() if "block_sparse_moe" not in name}
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}"
+        moe = f"{at}.block_sparse_moe"
+        found[f"{at}.mlp.gate.weight"] = tensors[f"{moe}.gate.weight"]
+        for name, parts in (("gate_up_proj", ("w1", "w3")), ("down_proj", ("w2",))):
+            rows = [tensors[f"{moe}.experts.{e}.{part}.weight"] for e in range(4) for part in parts]
+            height, columns = rows[0].shape
+            found[f"{at}.mlp.experts.{name}"] = Stored(
+                rows[0].dtype,
+                (4, len(parts) * height, columns),
+                b"".join(row.data for row in rows),
+            )
+    return found
+
+
 def mergekit(recipes: Sequence[Recipe], family: Family, scratch: Path) -> list[Tensors | str]:
     """What mergekit writes for each recipe, or what it says that is wrong."""
     outs = [scratch / f"{place:04}" for place in range(len(recipes))]

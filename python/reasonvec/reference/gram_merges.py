@@ -291,7 +291,7 @@ def model_stock_coefficients(products: Gram) -> list[float]:
 def model_stock(
     models: Sequence[Work], base: Work, columns: int, filter_wise: bool = False
 ) -> Work:
-    """t (mean(x_i) - base): as far towards the mean as the angles say (arXiv 2403.19522, eq. 2).
+    """t (mean(x_i) - base): as far towards the mean as the angles say (arXiv 2403.19522).
 
     For a tensor as a whole, or ``filter_wise`` for every row of [rows, columns].
     """

@@ -59,7 +59,7 @@ def normalized(weights: Sequence[float]) -> list[float]:
 
 
 def linear(models: Sequence[Work], weights: Sequence[float], normalize: bool = True) -> Work:
-    """The weighted mean sum(w_i x_i) / sum(w_i), or the sum itself (arXiv 2203.05482, section 2).
+    """The weighted mean sum(w_i x_i) / sum(w_i), or the sum itself (arXiv 2203.05482).
 
     >>> linear([np.float32([1, 2]), np.float32([3, 6])], [1.0, 1.0])
     array([2., 4.], dtype=float32)
@@ -95,7 +95,7 @@ def passthrough(model: Work, scale: float = 1.0) -> Work:
 
 
 def lines(layer: int, layers: int, alpha: float, beta: float) -> float:
-    """The scale of a task vector in a layer, alpha + beta * l / (L - 1) (arXiv 2410.17146, eq. 3).
+    """The scale of a task vector in a layer, alpha + beta * l / (L - 1) (arXiv 2410.17146).
 
     Layers count from 0; what lies before the first takes alpha, as does the only layer of one.
 

@@ -184,7 +184,7 @@ def consensus(
     with that sign count. num = the sum of those that count, in order. With ``normalize``: over
     den = the sum of w_i (rounded to W, in order) of those that count, or of all weights (F64, then
     rounded) without an election; where abs(den) < 1e-8 the divisor is 1. u = lambda * (num / den).
-    (arXiv 2306.01708, section 3.)
+    (arXiv 2306.01708.)
     """
     work = _work_of(vectors[0])
     zero = np.zeros_like(vectors[0])
@@ -220,7 +220,7 @@ def ties(
     normalize: bool = True,
     lambda_: float = 1.0,
 ) -> Work:
-    """Trim, elect signs, add what agrees (arXiv 2306.01708, section 3).
+    """Trim, elect signs, add what agrees (arXiv 2306.01708).
 
     Each task vector keeps its int(density_i * n) largest magnitudes; then `consensus`.
 
@@ -246,7 +246,7 @@ def dare(
     rescale: Rescale = "density",
     lambda_: float = 1.0,
 ) -> Work:
-    """Drop elements at random and rescale the rest (arXiv 2311.03099, section 3.2); then add.
+    """Drop elements at random and rescale the rest (arXiv 2311.03099); then add.
 
     ``elect`` is dare_ties, without it dare_linear. ``name`` is the tensor's. A density of 1 or more
     keeps everything and scales nothing.
@@ -273,7 +273,7 @@ def della(
     rescale: Rescale = "density",
     lambda_: float = 1.0,
 ) -> Work:
-    """Drop elements at random, small ones more often, and rescale (arXiv 2406.11617, section 3.1).
+    """Drop elements at random, small ones more often, and rescale (arXiv 2406.11617).
 
     Probabilities as in `della_probabilities`. With rescale "density" every element is divided, in
     W, by its own probability (rounded to W); that comes before the weight. ``elect`` is della,
@@ -307,7 +307,7 @@ def breadcrumbs(
     normalize: bool = False,
     lambda_: float = 1.0,
 ) -> Work:
-    """Drop the largest and the smallest elements (arXiv 2312.06795, section 3); then add.
+    """Drop the largest and the smallest elements (arXiv 2312.06795); then add.
 
     In `magnitude_order`, the first top = min(int(gamma_i * n), n - k) of n elements go, the next
     k = int(density_i * n) stay, the others go. ``elect`` is breadcrumbs_ties.
@@ -323,7 +323,7 @@ def breadcrumbs(
 
 
 def sce(models: Sequence[Work], base: Work, select_topk: float = 1.0, lambda_: float = 1.0) -> Work:
-    """Select, calculate, erase (arXiv 2408.07990, section 3.2).
+    """Select, calculate, erase (arXiv 2408.07990).
 
     Select: of the elements whose spread over the models is not zero, the int(select_topk * their
     number) largest; the spread is sum_i (d_i - mean)^2 with mean = sum_i d_i / count, all in W, in
