@@ -8,7 +8,7 @@
 //! | 1 | [`simd`] | lanes: one body per operation, stamped for every instruction set |
 //! | 2 | [`store`] | bytes on disk: maps, headers, checkpoints, writers, journals, digests |
 //! | 3 | [`stream`] | one pass over a fixed grid inside a fixed budget |
-//! | 4 | [`operand`] | what can stand in an expression: a tensor, a difference, a stored vector, a control |
+//! | 4 | [`operand`], [`product`] | what can stand in an expression: a tensor, a difference, a stored vector, a product of factors, a control |
 //! | 5 | [`vector`], [`plan`], [`merge`], [`inspect`] | the subject |
 //! | 6 | `python` | the door |
 
@@ -20,6 +20,7 @@ pub mod merge;
 pub mod operand;
 pub mod philox;
 pub mod plan;
+pub mod product;
 pub mod simd;
 pub mod store;
 pub mod stream;

@@ -1,6 +1,6 @@
 //! What can stand in an expression, and how a worker reads a tile of it.
 //!
-//! A [`Source`] is a tensor, the difference of two, or a stored vector. A [`Term`] is a source with a coefficient, perhaps placed by
+//! A [`Source`] is a tensor, the difference of two, a stored vector, or what an adapter makes of a tensor or adds to it. A [`Term`] is a source with a coefficient, perhaps placed by
 //! segments (a row map, another layout of experts) and perhaps replaced by a control. A [`Reader`] is a term opened on one tile.
 
 use std::ops::Range;
@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::bf16::{Element, Work};
 use crate::dtype::Dtype;
 use crate::philox::{Philox, splitmix64};
+use crate::product::{Product, ProductReader};
 use crate::simd::dispatch::{self, with_element};
 use crate::simd::{Level, kernel};
 use crate::store::TensorView;
@@ -27,6 +28,10 @@ pub enum Source {
     Difference(TensorView, TensorView),
     /// A tensor of a vector folder.
     Stored(Arc<Stored>),
+    /// What an adapter adds to a matrix.
+    Product(Arc<Product>),
+    /// A tensor with what adapters add to it, one after the other in the work type (a point, where a point may stand).
+    Adapted(TensorView, Arc<Vec<Product>>),
 }
 
 /// A run of elements: `length` elements of the source from `start` on stand at `at` in the output.
@@ -120,8 +125,9 @@ impl Source {
     /// Its elements.
     pub fn elements(&self) -> u64 {
         match self {
-            Self::Tensor(t) | Self::Difference(t, _) => t.elements(),
+            Self::Tensor(t) | Self::Difference(t, _) | Self::Adapted(t, _) => t.elements(),
             Self::Stored(s) => s.elements,
+            Self::Product(p) => p.elements(),
         }
     }
 
@@ -131,22 +137,26 @@ impl Source {
             Self::Tensor(t) => t.dtype() == Dtype::F64,
             Self::Difference(p, n) => p.dtype() == Dtype::F64 || n.dtype() == Dtype::F64,
             Self::Stored(s) => s.is_double(),
+            Self::Product(p) => p.is_double(),
+            Self::Adapted(t, added) => t.dtype() == Dtype::F64 || added.iter().any(Product::is_double),
         }
     }
 
     /// Every tensor on disk that it reads element for element, for digests and error messages.
     pub fn tensors(&self) -> Vec<&TensorView> {
         match self {
-            Self::Tensor(t) => vec![t],
+            Self::Tensor(t) | Self::Adapted(t, _) => vec![t],
             Self::Difference(p, n) => vec![p, n],
-            Self::Stored(_) => vec![],
+            Self::Stored(_) | Self::Product(_) => vec![],
         }
     }
 
-    /// Bytes of a stored vector; tensors are counted where they are listed.
+    /// Bytes of a stored vector or of factors; tensors are counted where they are listed.
     pub fn stored_bytes(&self) -> u64 {
         match self {
             Self::Stored(s) => s.bytes,
+            Self::Product(p) => p.bytes(),
+            Self::Adapted(_, added) => added.iter().map(Product::bytes).sum(),
             _ => 0,
         }
     }
@@ -154,8 +164,9 @@ impl Source {
     /// A file that it reads.
     pub fn path(&self) -> PathBuf {
         match self {
-            Self::Tensor(t) | Self::Difference(t, _) => t.map().path().to_path_buf(),
+            Self::Tensor(t) | Self::Difference(t, _) | Self::Adapted(t, _) => t.map().path().to_path_buf(),
             Self::Stored(s) => s.path.clone(),
+            Self::Product(p) => p.factors().next().map(|f| f.map().path().to_path_buf()).unwrap_or_default(),
         }
     }
 
@@ -167,22 +178,45 @@ impl Source {
     /// Bytes of windows per element, for the budget where windows are buffers.
     fn window_bytes(&self) -> u64 {
         match self {
-            Self::Tensor(t) => t.dtype().size() as u64,
+            Self::Tensor(t) | Self::Adapted(t, _) => t.dtype().size() as u64,
             Self::Difference(p, n) => (p.dtype().size() + n.dtype().size()) as u64,
             Self::Stored(s) => s.window_bytes(),
+            Self::Product(_) => 0,
         }
     }
 
     fn windows_are_read(&self) -> bool {
         match self {
-            Self::Tensor(t) | Self::Difference(t, _) => t.map().windows_are_read(),
+            Self::Tensor(t) | Self::Difference(t, _) | Self::Adapted(t, _) => t.map().windows_are_read(),
             Self::Stored(s) => s.windows_are_read(),
+            Self::Product(_) => false,
+        }
+    }
+
+    /// Bytes that a worker holds while it has a block of it open, whatever its windows take.
+    fn scratch(&self) -> u64 {
+        match self {
+            Self::Tensor(_) | Self::Difference(..) => 0,
+            Self::Stored(s) => s.scratch(),
+            Self::Product(p) => p.memory(),
+            // The point itself, widened.
+            Self::Adapted(_, added) => BLOCK * 8 + added.iter().map(Product::memory).sum::<u64>(),
+        }
+    }
+
+    /// Whether it is best read a whole block at a time.
+    fn by_block(&self) -> bool {
+        match self {
+            Self::Tensor(_) | Self::Difference(..) => false,
+            Self::Stored(s) => s.by_block(),
+            Self::Product(_) | Self::Adapted(..) => true,
         }
     }
 
     fn prefetch(&self, elements: Range<u64>) {
         match self {
-            Self::Tensor(t) => t.prefetch(elements),
+            Self::Tensor(t) | Self::Adapted(t, _) => t.prefetch(elements),
+            Self::Product(_) => {}
             Self::Difference(p, n) => {
                 p.prefetch(elements.clone());
                 n.prefetch(elements);
@@ -215,8 +249,7 @@ impl Term {
     pub fn by_block(&self) -> bool {
         self.substitute.is_some()
             || match &self.placement {
-                Placement::Whole(Source::Stored(s)) => s.by_block(),
-                Placement::Whole(_) => false,
+                Placement::Whole(source) => source.by_block(),
                 Placement::Segments(_) => true,
             }
     }
@@ -230,8 +263,9 @@ impl Term {
     pub fn memory(&self) -> (u64, u64) {
         let per_element =
             self.sources().iter().filter(|s| s.windows_are_read()).map(|s| s.window_bytes()).max().unwrap_or(0);
+        let open = self.sources().iter().map(|s| s.scratch()).max().unwrap_or(0);
         let scratch = if self.substitute.is_some() { BLOCK * 12 } else { 0 };
-        (per_element, scratch)
+        (per_element, scratch + open)
     }
 
     /// A file that it reads, for messages.
@@ -341,7 +375,7 @@ impl<W: Work> Reader<'_, W> {
     /// The bytes of the tensors that it reads element for element, in the order of [`Source::tensors`].
     pub fn windows(&self) -> Vec<&[u8]> {
         match &self.kind {
-            Kind::Straight(Straight::Tensor { window, .. }) => vec![window],
+            Kind::Straight(Straight::Tensor { window, .. } | Straight::Adapted { window, .. }) => vec![window],
             Kind::Straight(Straight::Difference { positive, negative, .. }) => vec![positive, negative],
             _ => vec![],
         }
@@ -353,6 +387,8 @@ enum Straight<'a> {
     Tensor { window: Window<'a>, dtype: Dtype, from: u64 },
     Difference { positive: Window<'a>, negative: Window<'a>, dtypes: [Dtype; 2], from: u64 },
     Stored(StoredReader<'a>),
+    Product(ProductReader),
+    Adapted { window: Window<'a>, dtype: Dtype, from: u64, added: Vec<ProductReader> },
 }
 
 fn part(bytes: &[u8], dtype: Dtype, from: u64, elements: &Range<u64>) -> Range<usize> {
@@ -374,6 +410,13 @@ impl<'a> Straight<'a> {
                 from,
             },
             Source::Stored(s) => Self::Stored(s.open_on(elements, pool)?),
+            Source::Product(p) => Self::Product(p.open(elements, pool)?),
+            Source::Adapted(t, added) => Self::Adapted {
+                window: t.window(elements.clone(), pool)?,
+                dtype: t.dtype(),
+                from,
+                added: added.iter().map(|p| p.open(elements.clone(), pool)).collect::<Result<_>>()?,
+            },
         })
     }
 
@@ -393,6 +436,16 @@ impl<'a> Straight<'a> {
                 }
             }
             Self::Stored(reader) => reader.add(level, acc, elements, c, first)?,
+            Self::Product(reader) => reader.add(level, acc, elements, c, first),
+            Self::Adapted { window, dtype, from, added } => {
+                let bytes = &window[part(window, *dtype, *from, &elements)];
+                let mut point = vec![W::ZERO; acc.len()];
+                with_element!(*dtype, E => dispatch::widen::<E, W>(level, &mut point, bytes));
+                for reader in added {
+                    reader.add(level, &mut point, elements.clone(), W::from_f64(1.0), false);
+                }
+                dispatch::scaled_work(level, acc, &point, c, first);
+            }
         }
         Ok(())
     }
@@ -579,7 +632,7 @@ pub fn first_nonfinite<W: Work>(
             if let Some(i) = here.iter().position(|v| !v.is_finite()) {
                 let index = wanted.start + i as u64;
                 // What is wrong in a donor itself was found above.
-                let made = !term.sources().iter().any(|s| matches!(s, Source::Stored(_)));
+                let made = term.sources().iter().all(|s| matches!(s, Source::Tensor(_) | Source::Difference(..)));
                 let advice = if made { TOO_FAR } else { ADVICE };
                 consider(&mut first, index, || nonfinite(term.path(), name, index, here[i].to_f64(), advice));
             }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::bf16::Work;
 use crate::dtype::{Class, Dtype};
 use crate::operand::{Placement, Segment, Source, Substitute, Term, first_nonfinite};
+use crate::product::Product;
 use crate::simd::{Level, dispatch};
 use crate::store::map::Pool;
 use crate::store::{Algorithm, Checkpoint, TensorView};
@@ -33,6 +34,42 @@ pub enum SourcePlan {
     Difference([Ref; 2]),
     /// A tensor of a vector folder.
     Stored(Ref),
+    /// What an adapter adds.
+    Product(ProductPlan),
+    /// A tensor of a checkpoint with what adapters add to it.
+    Adapted {
+        /// The tensor.
+        tensor: Ref,
+        /// What is added, in this order.
+        adapters: Vec<AdapterPlan>,
+    },
+}
+
+/// What an adapter adds to a matrix: `scale * b @ a`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AdapterPlan {
+    /// [rank, in]. None: `b` is added as it is, times `scale`.
+    #[serde(default)]
+    pub a: Option<Ref>,
+    /// [out, rank].
+    pub b: Ref,
+    /// Times the product.
+    pub scale: f64,
+    /// Whether the matrix is stored as [in, out].
+    #[serde(default)]
+    pub transposed: bool,
+}
+
+/// [`AdapterPlan`], by itself.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ProductPlan {
+    /// The factors.
+    #[serde(flatten)]
+    pub adapter: AdapterPlan,
+    /// Rows of the matrix as it is stored; of a tensor that is none, its elements.
+    pub rows: u64,
+    /// Columns; 1 for a tensor that is no matrix.
+    pub columns: u64,
 }
 
 /// See [`Segment`].
@@ -173,6 +210,25 @@ impl Operands<'_> {
                 }
                 Source::Difference(p, n)
             }
+            SourcePlan::Product(ProductPlan { adapter, rows, columns }) => {
+                let mut shape = vec![*rows, *columns];
+                if adapter.a.is_none() {
+                    shape = self.tensor(&adapter.b)?.entry.shape;
+                    let elements = elements(&shape, &adapter.b.name)?;
+                    if Some(elements) != rows.checked_mul(*columns) {
+                        return Err(Error::mismatch(
+                            &adapter.b.name,
+                            format!("has {elements} elements, the plan says {rows} x {columns}"),
+                        ));
+                    }
+                }
+                Source::Product(Arc::new(self.product(adapter, &shape)?))
+            }
+            SourcePlan::Adapted { tensor, adapters } => {
+                let tensor = float(self.tensor(tensor)?)?;
+                let products = adapters.iter().map(|a| self.product(a, &tensor.entry.shape)).collect::<Result<_>>()?;
+                Source::Adapted(tensor, Arc::new(products))
+            }
             SourcePlan::Stored(r) => match self.operand(r)? {
                 Operand::Vector(v) => Source::Stored(v.tensor(&r.name)?),
                 Operand::Checkpoint(c) => {
@@ -183,6 +239,23 @@ impl Operands<'_> {
                 }
             },
         })
+    }
+
+    /// What an adapter adds to a tensor of a shape.
+    fn product(&self, plan: &AdapterPlan, shape: &[u64]) -> Result<Product> {
+        let b = float(self.tensor(&plan.b)?)?;
+        let name = b.entry.name.clone();
+        let a = plan.a.as_ref().map(|a| float(self.tensor(a)?)).transpose()?;
+        // The rows of the transpose are the columns of A.
+        let (left, right) = match a {
+            Some(a) if plan.transposed => (a, Some(b)),
+            a => (b, a),
+        };
+        if !plan.scale.is_finite() {
+            return Err(Error::mismatch(&name, format!("a scale of {} is no number", plan.scale)));
+        }
+        Product::new(left, right, plan.transposed, Vec::new(), plan.scale, shape)
+            .map_err(|problem| Error::mismatch(&name, problem))
     }
 
     /// A term of a tensor with some elements. A random control is left unscaled: [`scale_noise`] measures it.

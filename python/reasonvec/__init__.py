@@ -12,7 +12,16 @@ Importing this package imports neither torch nor transformers nor numpy; `reason
 import warnings
 
 from reasonvec._reasonvec import is_debug_build, simd_level, simd_levels, version
-from reasonvec.algebra import Checkpoint, Point, Vector, lerp, load, mean, open  # noqa: A004
+from reasonvec.algebra import (
+    Checkpoint,
+    Point,
+    Vector,
+    adapter,
+    lerp,
+    load,
+    mean,
+    open,  # noqa: A004
+)
 from reasonvec.config import read_config
 from reasonvec.errors import (
     DamageError,
@@ -58,6 +67,7 @@ __all__ = [
     "ReasonvecError",
     "Vector",
     "__version__",
+    "adapter",
     "arcee_fusion",
     "breadcrumbs",
     "breadcrumbs_ties",

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias, Unpack, overload
 
+from reasonvec.adapter import AdapterFolder, Updates, is_adapter
 from reasonvec.coefficients import AlphaFor, Constant, Factor, Function, Ramp, Where, pattern
-from reasonvec.errors import FormatError
+from reasonvec.compat.problem import Problem
+from reasonvec.errors import FormatError, MismatchError
 from reasonvec.folders import CheckpointFolder, VectorFolder, is_vector
 
 if TYPE_CHECKING:
@@ -26,7 +29,17 @@ if TYPE_CHECKING:
     from reasonvec.inspection import Inspection
     from reasonvec.run import RunOptions
 
-__all__ = ["Checkpoint", "Control", "Point", "Vector", "lerp", "load", "mean", "open"]
+__all__ = [
+    "Checkpoint",
+    "Control",
+    "Point",
+    "Vector",
+    "adapter",
+    "lerp",
+    "load",
+    "mean",
+    "open",
+]
 
 Control: TypeAlias = Literal["random", "shuffle"]
 
@@ -43,7 +56,29 @@ class Difference:
         return f"({self.positive.path.name} - {self.negative.path.name})"
 
 
-Leaf: TypeAlias = Difference | VectorFolder
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter adds to the base that it was trained on."""
+
+    folder: AdapterFolder
+    base: CheckpointFolder
+
+    @cached_property
+    def updates(self) -> Updates:
+        return self.folder.fit(self.base.layout)
+
+    @cached_property
+    def copy_problems(self) -> list[Problem]:
+        """PEFT stores embeddings beside their factors. The copy must be the base's own, as it was
+        when the factors were trained; that takes reading both."""
+        return self.folder.copy_problems(self.base.layout, self.base.handle, self.updates)
+
+    @property
+    def text(self) -> str:
+        return self.folder.path.name
+
+
+Leaf: TypeAlias = Difference | VectorFolder | Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +94,7 @@ class Scaled:
 
     @property
     def text(self) -> str:
-        leaf = self.leaf.text if isinstance(self.leaf, Difference) else self.leaf.path.name
+        leaf = self.leaf.path.name if isinstance(self.leaf, VectorFolder) else self.leaf.text
         if self.control is not None:
             kind, seed = self.control
             leaf = f"{kind}({leaf}, seed={seed})"
@@ -330,6 +365,12 @@ def open(path: str | PathLike[str]) -> Checkpoint:  # noqa: A001 - rv.open reads
     if is_vector(folder):
         message = f"{folder}: is a vector; open it with rv.load (in a command, name it as V)"
         raise FormatError(message)
+    if is_adapter(folder):
+        message = (
+            f"{folder}: is an adapter; put it on its base with rv.adapter(folder, base=...) (in a "
+            "command, name it as V, and its base with --base)"
+        )
+        raise FormatError(message)
     return Checkpoint(CheckpointFolder(folder))
 
 
@@ -347,6 +388,9 @@ def load(path: str | PathLike[str]) -> Vector:
         instruct + 0.8 * reason
     """
     folder = Path(path)
+    if is_adapter(folder):
+        message = f"{folder}: is an adapter; open it with rv.adapter(folder, base=rv.open(...))"
+        raise FormatError(message)
     if folder.is_dir() and not is_vector(folder):
         message = (
             f"{folder}: has no vector_config.json, so it is no vector; open a checkpoint with "
@@ -355,6 +399,38 @@ def load(path: str | PathLike[str]) -> Vector:
         )
         raise FormatError(message)
     return Vector([Scaled(VectorFolder(folder))])
+
+
+def adapter(path: str | PathLike[str], base: Point | None = None) -> Vector:
+    """Open a LoRA adapter of PEFT as the vector that it adds to its base. Reads its config and its
+    header only; the products of its factors are made tile by tile, in float64, where they are
+    used. Adapters add, scale and subtract as every vector does, without cross terms.
+
+    Args:
+        path: the folder, with adapter_config.json and adapter_model.safetensors.
+        base: the checkpoint that it was trained on. By default the one that its config names
+            (base_model_name_or_path), if that is a folder here.
+
+    Raises:
+        FormatError: a file is damaged, or the weights are pickled.
+        MismatchError: no base is given and none can be found, or ``base`` is no plain checkpoint.
+        OSError: a file is missing or cannot be read.
+    """
+    folder = AdapterFolder(Path(path))
+    if base is None:
+        named = folder.base_path
+        if named is None or not Path(named).is_dir():
+            message = (
+                f"{folder.path}: was trained on {named or 'a base that it does not name'}, which "
+                "is no folder here; say where the base is with rv.adapter(folder, "
+                "base=rv.open(...)) (in a command: --base)"
+            )
+            raise MismatchError(message)
+        base = open(named)
+    if base.vector.terms:
+        message = f"{base}: is no checkpoint but a sum; save it, and take that as the base"
+        raise MismatchError(message)
+    return Vector([Scaled(Adapter(folder, base.base))])
 
 
 def lerp(a: Point, b: Point, t: float) -> Point:

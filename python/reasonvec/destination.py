@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from reasonvec import _reasonvec as core
 from reasonvec.errors import ReasonvecError
-from reasonvec.folders import CheckpointFolder, VectorFolder
+from reasonvec.folders import CheckpointFolder, Folder
 from reasonvec.json_values import read_json
 
 __all__ = ["MANIFEST", "TEMPLATES", "UNDO", "Destination", "relative", "write_json"]
@@ -50,7 +51,7 @@ class Destination:
     def __init__(
         self,
         path: Path,
-        inputs: list[CheckpointFolder | VectorFolder],
+        inputs: Sequence[Folder],
         *,
         overwrite: bool = False,
         resume: bool = False,
@@ -71,9 +72,7 @@ class Destination:
         """Whether a run that was killed or failed can be continued here."""
         return (self.path / core.journal_name()).is_file()
 
-    def _problem(
-        self, inputs: list[CheckpointFolder | VectorFolder], *, overwrite: bool, resume: bool
-    ) -> str | None:
+    def _problem(self, inputs: Sequence[Folder], *, overwrite: bool, resume: bool) -> str | None:
         path = self.path
         for folder in inputs:
             where = folder.folder if isinstance(folder, CheckpointFolder) else folder.path

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from reasonvec import _reasonvec as core
-from reasonvec.algebra import Difference, Vector
+from reasonvec.algebra import Adapter, Difference, Vector
 from reasonvec.compat.problem import Problem, demand
 from reasonvec.destination import Destination, relative
 from reasonvec.errors import MismatchError
-from reasonvec.folders import CheckpointFolder, VectorFolder
+from reasonvec.folders import CheckpointFolder
 from reasonvec.json_values import Json, read_json
 from reasonvec.names import kind_of
 from reasonvec.run import DigestName, RunOptions, settings
-from reasonvec.terms import Operands, leaf_layout, sum_terms
+from reasonvec.terms import Operands, leaf_folders, leaf_layout, sum_terms
 
 __all__ = ["Encoding", "ExtractOptions", "ExtractReport", "Row", "extract", "write_vector"]
 
@@ -209,6 +209,8 @@ def _is_plain(term: Json) -> bool:
 
 def _config_folder(vector: Vector) -> Path:
     leaf = vector.terms[0].leaf
+    if isinstance(leaf, Adapter):
+        return leaf.base.folder
     return leaf.positive.folder if isinstance(leaf, Difference) else leaf.path
 
 
@@ -223,12 +225,7 @@ def _donors(vector: Vector, out: Path) -> Json:
         }
     donors: Json = {}
     for i, leaf in enumerate(leaves):
-        parts: list[tuple[str, CheckpointFolder | VectorFolder]] = (
-            [("positive", leaf.positive), ("negative", leaf.negative)]
-            if isinstance(leaf, Difference)
-            else [("vector", leaf)]
-        )
-        for role, folder in parts:
+        for role, folder in leaf_folders(leaf).items():
             donors[f"{role} {i + 1}"] = {"path": relative(folder.path, out)}
     return donors
 

@@ -1,4 +1,4 @@
-"""The two kinds of folder on disk, a checkpoint and a stored vector, opened but not read."""
+"""The kinds of folder on disk, checkpoints, stored vectors and adapters, opened but not read."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from reasonvec import _reasonvec as core
+from reasonvec.adapter import AdapterFolder
 from reasonvec.compat.layout import Layout, TensorInfo
 from reasonvec.compat.problem import Problem
 from reasonvec.json_values import Json, objects_in, read_json
@@ -17,7 +18,7 @@ from reasonvec.run import settings
 if TYPE_CHECKING:
     from reasonvec._reasonvec import Tensor
 
-__all__ = ["CheckpointFolder", "VectorFolder", "is_vector"]
+__all__ = ["CheckpointFolder", "Folder", "VectorFolder", "is_vector"]
 
 VECTOR_CONFIG = "vector_config.json"
 
@@ -127,6 +128,9 @@ class VectorFolder:
             for name, dtype, shape in self.handle.tensors()
         }
         return Layout(self.path, tensors, _mapping(self.config.get("config")), {})
+
+
+Folder: TypeAlias = CheckpointFolder | VectorFolder | AdapterFolder
 
 
 def _mapping(value: object) -> Mapping[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Unpack
 
-from reasonvec.algebra import Difference, Vector
+from reasonvec.algebra import Vector
 from reasonvec.compat.layout import FLOATS, Layout
 from reasonvec.compat.problem import demand
 from reasonvec.errors import MismatchError
@@ -16,7 +16,7 @@ from reasonvec.json_values import Json
 from reasonvec.measure import Quantities, measure
 from reasonvec.names import kind_of, layer_of
 from reasonvec.run import RunOptions
-from reasonvec.terms import Operands, elements, leaf_layout, vector_quantity
+from reasonvec.terms import Operands, elements, leaf_folders, leaf_layout, vector_quantity
 
 __all__ = ["inspect_checkpoint", "inspect_vector"]
 
@@ -97,12 +97,9 @@ def _row(
 def _donor_paths(vector: Vector) -> dict[str, str]:
     donors: dict[str, str] = {}
     for i, scaled in enumerate(vector.terms):
-        leaf, suffix = scaled.leaf, f" {i + 1}" if len(vector.terms) > 1 else ""
-        if isinstance(leaf, Difference):
-            donors[f"positive{suffix}"] = str(leaf.positive.path)
-            donors[f"negative{suffix}"] = str(leaf.negative.path)
-        else:
-            donors[f"vector{suffix}"] = str(leaf.path)
+        suffix = f" {i + 1}" if len(vector.terms) > 1 else ""
+        for role, folder in leaf_folders(scaled.leaf).items():
+            donors[f"{role}{suffix}"] = str(folder.path)
     return donors
 
 

@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from reasonvec import _reasonvec as core
-from reasonvec.algebra import Difference, Point, Scaled, Vector
-from reasonvec.apply import ApplyPlan, ApplyReport, TensorChange, WrittenTensor
+from reasonvec.adapter import AdapterFolder
+from reasonvec.algebra import Adapter, Difference, Point, Scaled, Vector
+from reasonvec.apply import ApplyOptions, ApplyPlan, ApplyReport, TensorChange, WrittenTensor
 from reasonvec.destination import MANIFEST, UNDO, relative, write_json
-from reasonvec.folders import CheckpointFolder, VectorFolder
+from reasonvec.folders import CheckpointFolder, Folder
 from reasonvec.json_values import Json, read_json
 from reasonvec.rounding import Rounding
+from reasonvec.run import settings
 from reasonvec.terms import Operands, elements
 
 __all__ = ["finish"]
@@ -160,6 +162,9 @@ def _manifest(
         for operand, name, digest in row["inputs"]:
             if digest is not None:
                 digests[operand][name] = digest
+    for folder, known in zip(folders, digests, strict=True):
+        if isinstance(folder, AdapterFolder):
+            known |= _factor_digests(folder, options)
     inputs: list[Json] = [
         {"path": relative(folder.path, out), "kind": _kind(folder), "tensors": tensors}
         for folder, tensors in zip(folders, digests, strict=True)
@@ -197,12 +202,27 @@ def _manifest(
     }
 
 
-def _kind(folder: CheckpointFolder | VectorFolder) -> str:
+def _kind(folder: Folder) -> str:
+    if isinstance(folder, AdapterFolder):
+        return "adapter"
     return "checkpoint" if isinstance(folder, CheckpointFolder) else "vector"
+
+
+def _factor_digests(folder: AdapterFolder, options: ApplyOptions) -> dict[str, str]:
+    """Factors are read where they are used, over and over: their digests take a pass of their own,
+    over a small file."""
+    names = list(folder.tensors)
+    digests = core.digest_tensors(
+        folder.handle, names, options.get("digest", "xxh3-128"), json.dumps(settings(options))
+    )
+    return {name: digest for name, digest in zip(names, digests, strict=True) if digest is not None}
 
 
 def _term(scaled: Scaled, operands: Operands) -> Json:
     leaf = scaled.leaf
+    if isinstance(leaf, Adapter):
+        numbers = operands.number(leaf.folder), operands.number(leaf.base)
+        return {"text": scaled.text, "adapter": numbers[0], "base": numbers[1]}
     parts: Json = (
         {"positive": operands.number(leaf.positive), "negative": operands.number(leaf.negative)}
         if isinstance(leaf, Difference)

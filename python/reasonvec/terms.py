@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from reasonvec._reasonvec import Checkpoint as CoreCheckpoint
 from reasonvec._reasonvec import VectorFolder as CoreVector
-from reasonvec.algebra import Difference, Leaf, Scaled, Vector
+from reasonvec.algebra import Adapter, Difference, Leaf, Scaled, Vector
 from reasonvec.coefficients import coefficient
 from reasonvec.compat.alignment import MissingPolicy, align
 from reasonvec.compat.donors import donor_problems
@@ -15,7 +15,7 @@ from reasonvec.compat.layout import FLOATS, Layout, text_config
 from reasonvec.compat.placement import Placement
 from reasonvec.compat.problem import Problem
 from reasonvec.compat.rows import VocabPolicy
-from reasonvec.folders import CheckpointFolder, VectorFolder
+from reasonvec.folders import Folder, VectorFolder
 from reasonvec.json_values import Json
 from reasonvec.names import layer_of
 
@@ -25,6 +25,7 @@ __all__ = [
     "Summed",
     "depth",
     "elements",
+    "leaf_folders",
     "leaf_layout",
     "place_term",
     "sum_terms",
@@ -36,16 +37,16 @@ __all__ = [
 class Operands:
     """The opened folders of a plan, each with a number."""
 
-    folders: list[CheckpointFolder | VectorFolder] = field(default_factory=list)
+    folders: list[Folder] = field(default_factory=list)
 
-    def number(self, folder: CheckpointFolder | VectorFolder) -> int:
+    def number(self, folder: Folder) -> int:
         for i, known in enumerate(self.folders):
             if known is folder:
                 return i
         self.folders.append(folder)
         return len(self.folders) - 1
 
-    def ref(self, folder: CheckpointFolder | VectorFolder, name: str) -> Json:
+    def ref(self, folder: Folder, name: str) -> Json:
         return {"operand": self.number(folder), "name": name}
 
     @property
@@ -72,8 +73,20 @@ def depth(layout: Layout) -> int:
 
 
 def leaf_layout(leaf: Leaf) -> Layout:
-    """What a leaf has to say of itself; a difference speaks through its positive donor."""
+    """What a leaf has to say of itself; a difference speaks through its positive donor, an adapter
+    through its base."""
+    if isinstance(leaf, Adapter):
+        return leaf.base.layout
     return leaf.positive.layout if isinstance(leaf, Difference) else leaf.layout
+
+
+def leaf_folders(leaf: Leaf) -> dict[str, Folder]:
+    """The folders of a leaf by their part in it."""
+    if isinstance(leaf, Adapter):
+        return {"adapter": leaf.folder, "base": leaf.base}
+    if isinstance(leaf, Difference):
+        return {"positive": leaf.positive, "negative": leaf.negative}
+    return {"vector": leaf}
 
 
 def negative_names(leaf: Difference) -> dict[str, str]:
@@ -96,12 +109,42 @@ def source(
     """A leaf's tensor, for the core."""
     if isinstance(leaf, VectorFolder):
         return {"stored": operands.ref(leaf, name)}
+    if isinstance(leaf, Adapter):
+        return _added(leaf, name, operands)
     negatives = negative_names(leaf) if negatives is None else negatives
     pair = [
         operands.ref(leaf.positive, name),
         operands.ref(leaf.negative, negatives.get(name, name)),
     ]
     return {"difference": pair}
+
+
+def _added(leaf: Adapter, name: str, operands: Operands) -> Json:
+    """What an adapter adds to a tensor that it changes."""
+    update, shape = leaf.updates.of[name], leaf.base.layout.tensors[name].shape
+    if update.factors is None:
+        saved = {"operand": operands.number(leaf.folder), "name": update.saved}
+        return {"difference": [saved, operands.ref(leaf.base, name)]}
+    rows, columns = (elements(shape), 1) if update.factors.a is None else shape
+    adapter = update.factors.as_json(operands.number(leaf.folder))
+    return {"product": adapter | {"rows": rows, "columns": columns}}
+
+
+def changes(leaf: Leaf, name: str) -> bool:
+    """Whether a leaf has anything to add to a tensor of its own layout."""
+    return not isinstance(leaf, Adapter) or name in leaf.updates.of
+
+
+def _adapter_problems(leaf: Adapter, alpha: Callable[[str], float]) -> list[Problem]:
+    """What stops an adapter, in the tensors that are wanted."""
+    problems = [
+        problem
+        for problem in leaf.updates.problems
+        if problem.tensor is None or alpha(problem.tensor) != 0.0
+    ]
+    if any(problem.severity == "error" for problem in problems):
+        return problems
+    return problems + [p for p in leaf.copy_problems if p.tensor is None or alpha(p.tensor) != 0.0]
 
 
 @dataclass(frozen=True)
@@ -140,13 +183,20 @@ def place_term(
         problems += donor_problems(leaf.positive.layout, leaf.negative.layout, select=select)
         problems += leaf.positive.copy_problems + leaf.negative.copy_problems
         negatives = negative_names(leaf)
+    if isinstance(leaf, Adapter):
+        problems += _adapter_problems(leaf, alpha)
+
+    def wanted(name: str) -> bool:
+        # What an adapter does not change needs no place; under a prefix map the names are others.
+        return alpha(name) != 0.0 and (bool(map_prefix) or changes(leaf, name))
+
     aligned = align(
         layout,
         target,
         vocab=vocab,
         missing=missing,
         map_prefix=map_prefix,
-        select=lambda name: alpha(name) != 0.0,
+        select=wanted,
     )
     problems += aligned.problems
     terms: dict[str, Json] = {}
@@ -161,8 +211,10 @@ def place_term(
     for name, placement in aligned.sources.items():
         if placement is None:
             continue
-        term: Json = {"coefficient": alpha(name)}
-        term |= _placed(leaf, placement, operands, negatives)
+        placed = _placed(leaf, placement, operands, negatives)
+        if placed is None:
+            continue
+        term: Json = {"coefficient": alpha(name)} | placed
         if scaled.control is not None:
             kind, seed = scaled.control
             term["control"] = {"kind": kind, "seed": seed}
@@ -172,8 +224,10 @@ def place_term(
 
 def _placed(
     leaf: Leaf, placement: Placement, operands: Operands, negatives: dict[str, str] | None
-) -> Json:
+) -> Json | None:
     if placement.segments is None:
+        if not changes(leaf, placement.name):
+            return None
         return {"source": source(leaf, placement.name, operands, negatives)}
     segments = [
         {
@@ -183,8 +237,9 @@ def _placed(
             "source": source(leaf, segment.name, operands, negatives),
         }
         for segment in placement.segments
+        if changes(leaf, segment.name)
     ]
-    return {"segments": segments}
+    return {"segments": segments} if segments else None
 
 
 @dataclass(frozen=True)
@@ -235,6 +290,10 @@ def _add_term(
             if any(problem.severity == "error" for problem in problems):
                 return problems
         negatives = negative_names(leaf)
+    if isinstance(leaf, Adapter):
+        problems += _adapter_problems(leaf, alpha)
+        if any(problem.severity == "error" for problem in problems):
+            return problems
     copies = layout.copies() if checked else {}
     for name, info in layout.tensors.items():
         if alpha(name) == 0.0 or name in copies:
@@ -250,7 +309,7 @@ def _add_term(
             problems.append(Problem("shape", message, name))
             continue
         tensor = tensors.setdefault(name, Summed(name, known.dtype, known.shape))
-        if info.dtype in FLOATS:
+        if info.dtype in FLOATS and changes(leaf, name):
             term: Json = {
                 "coefficient": alpha(name),
                 "source": source(leaf, name, operands, negatives),

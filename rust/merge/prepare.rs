@@ -242,7 +242,11 @@ fn prepare_tensor(plan: &TensorPlan, shard: usize, offset: u64, operands: Operan
         if let (Some(crate::plan::SourcePlan::Difference([p, n])), None) = (&t.source, &t.control) {
             inputs.push((p.clone(), operands.tensor(p)?));
             inputs.push((n.clone(), operands.tensor(n)?));
-        } else if let (Some(crate::plan::SourcePlan::Tensor(r)), None) = (&t.source, &t.control) {
+        } else if let (
+            Some(crate::plan::SourcePlan::Tensor(r) | crate::plan::SourcePlan::Adapted { tensor: r, .. }),
+            None,
+        ) = (&t.source, &t.control)
+        {
             inputs.push((r.clone(), operands.tensor(r)?));
         }
         terms.push(term);

@@ -1,7 +1,7 @@
 //! Stamps each body of [`super::kernel`] for every instruction set and calls the one of a [`Level`].
 
 use super::kernel;
-pub use super::kernel::{Extent, MICRO, Rounding};
+pub use super::kernel::{Extent, MICRO, PanelOf, Rounding};
 use super::level::{Level, Set};
 use crate::bf16::{Element, Work};
 use crate::philox::Philox;
@@ -51,6 +51,10 @@ stamp!(
 stamp!(
     /// [`kernel::difference`] at a level.
     difference [E: Element, W: Work] (acc: &mut [W], p: &[u8], n: &[u8], c: W, first: bool)
+);
+stamp!(
+    /// [`kernel::product`] at a level.
+    product [P: Work, W: Work] (acc: &mut [W], panel: PanelOf<'_, P>, width: usize, c: W, first: bool)
 );
 stamp!(
     /// [`kernel::subtract`] at a level.

@@ -118,6 +118,58 @@ pub fn difference<E: Element, W: Work>(acc: &mut [W], p: &[u8], n: &[u8], c: W, 
     }
 }
 
+/// Two factors, widened, and what their product is multiplied by.
+#[derive(Debug, Clone, Copy)]
+pub struct PanelOf<'a, P> {
+    /// `rows x rank`, row by row.
+    pub left: &'a [f64],
+    /// `rank` rows, `stride` apart.
+    pub right: &'a [P],
+    /// Products in a sum.
+    pub rank: usize,
+    /// From a row of `right` to the next.
+    pub stride: usize,
+    /// Times every sum.
+    pub scale: f64,
+}
+
+/// Columns whose sums stand in registers together.
+const STRIP: usize = 32;
+
+/// `acc = c * v`, or `acc + c * v`, with `v = scale * left @ right` rounded once from f64: whole rows of `width` elements. Products are added
+/// with k ascending, from zero.
+#[inline(always)]
+pub fn product<P: Work, W: Work>(acc: &mut [W], panel: PanelOf<'_, P>, width: usize, c: W, first: bool) {
+    let PanelOf { left, right, rank, stride, scale } = panel;
+    let mut column = 0;
+    // Strip by strip, so that a strip of `right` stays in the first-level cache for all rows.
+    while column < width {
+        let here = STRIP.min(width - column);
+        for (acc, left) in acc.chunks_exact_mut(width).zip(left.chunks_exact(rank)) {
+            let mut sums = [0.0f64; STRIP];
+            if here == STRIP {
+                for (k, &l) in left.iter().enumerate() {
+                    let Some(strip) = right[k * stride + column..].first_chunk::<STRIP>() else { return };
+                    for j in 0..STRIP {
+                        sums[j] += l * strip[j].to_f64();
+                    }
+                }
+            } else {
+                for (k, &l) in left.iter().enumerate() {
+                    for (sum, r) in sums.iter_mut().zip(&right[k * stride + column..][..here]) {
+                        *sum += l * r.to_f64();
+                    }
+                }
+            }
+            for (a, &sum) in acc[column..column + here].iter_mut().zip(&sums) {
+                let v = c * W::from_f64(scale * sum);
+                *a = if first { v } else { *a + v };
+            }
+        }
+        column += here;
+    }
+}
+
 /// `acc = acc - n`, for donors of different formats.
 #[inline(always)]
 pub fn subtract<E: Element, W: Work>(acc: &mut [W], n: &[u8]) {

@@ -9,13 +9,15 @@ use std::path::Path;
 
 use super::encode::{Codec, Packed};
 use super::format::{Encoding, Part, Row, STEM};
+use super::lowrank::ROLES;
 use crate::bf16::{Bf16, Element};
 use crate::dtype::Dtype;
-use crate::store::Algorithm;
 use crate::store::digest::Stream;
 use crate::store::header::Header;
-use crate::store::map::FileMap;
+use crate::store::map::{FileMap, Pool};
 use crate::store::writer::{Writer, write_whole};
+use crate::store::{Algorithm, TensorView};
+use crate::stream::BLOCK;
 use crate::{Error, Result};
 
 /// Bytes of a spool that stay in memory.
@@ -29,6 +31,8 @@ pub struct Tensor<'a> {
     pub codec: &'a Codec,
     /// Whether it is combined in f64.
     pub double: bool,
+    /// The parts of a low-rank tensor, which are copied.
+    pub factors: &'a [TensorView],
 }
 
 /// The files of a vector.
@@ -65,6 +69,7 @@ struct Current<'a> {
     starts: Vec<[u64; 2]>,
     wide_starts: Vec<u64>,
     squares: f64,
+    residual: f64,
     max: f64,
     long: bool,
 }
@@ -123,7 +128,7 @@ impl<'a> Assembly<'a> {
     pub fn begin(&mut self, tensor: Tensor<'a>) -> Result<()> {
         let (algorithm, folder) = (self.algorithm, self.folder);
         let start = self.shard()?.at;
-        let dense = matches!(tensor.codec, Codec::Dense);
+        let dense = matches!(tensor.codec, Codec::Dense | Codec::LowRank);
         let bitmap_len = if dense { 0 } else { tensor.row.elements.div_ceil(64) * 8 };
         self.current = Some(Current {
             start,
@@ -138,6 +143,7 @@ impl<'a> Assembly<'a> {
             starts: vec![[0, 0]],
             wide_starts: vec![0],
             squares: 0.0,
+            residual: 0.0,
             max: 0.0,
             long: false,
             tensor,
@@ -169,6 +175,7 @@ impl<'a> Assembly<'a> {
             c.wide_starts.push(c.wide_starts[c.wide_starts.len() - 1] + wide);
         }
         c.squares = tile.squares.iter().fold(c.squares, |sum, s| sum + s);
+        c.residual = tile.residual.iter().fold(c.residual, |sum, s| sum + s);
         c.tensor.row.moved += tile.moved;
         c.tensor.row.inexact += tile.inexact;
         c.long |= tile.long;
@@ -189,10 +196,13 @@ impl<'a> Assembly<'a> {
         let algorithm = self.algorithm;
         let Some(c) = self.current.take() else { return Err(Error::Usage("no tensor to end".into())) };
         let shard = self.shard()?;
-        let Current { tensor: Tensor { mut row, codec, double }, start, .. } = c;
+        let Current { tensor: Tensor { mut row, codec, double, factors }, start, .. } = c;
         let finite = |x: f64| x.is_finite().then_some(x);
         row.norm = finite(c.squares.sqrt());
         row.max = finite(c.max);
+        if matches!(codec, Codec::LowRank) {
+            row.residual = finite(c.residual.sqrt());
+        }
         row.wide = c.wide_starts.last().copied().unwrap_or(0);
         if row.moved == 0 && row.wide == 0 {
             row.encoding = Encoding::Zero;
@@ -220,6 +230,16 @@ impl<'a> Assembly<'a> {
                 (Dtype::BF16, narrow_in_place(&shard.writer, start, row.elements, algorithm)?)
             };
             put(shard, "values", dtype, row.shape.clone(), digest);
+        } else if let Codec::LowRank = codec {
+            row.encoding = Encoding::LowRank;
+            let mut parts: Vec<(&str, &TensorView)> = ROLES.into_iter().zip(factors).collect();
+            // The widest first: then nothing stands on an odd byte.
+            parts.sort_by_key(|(_, view)| std::cmp::Reverse(view.dtype().size()));
+            for (role, view) in parts {
+                let digest = copy_part(shard, view, algorithm)?;
+                put(shard, role, view.dtype(), view.entry.shape.clone(), digest);
+            }
+            row.rank = factors.get(1).map(TensorView::elements);
         } else {
             row.encoding = Encoding::Sparse;
             put(shard, "bitmap", Dtype::U8, vec![c.bitmap_len], c.bitmap.finish());
@@ -343,6 +363,22 @@ impl<'a> Assembly<'a> {
             let _ = std::fs::remove_file(shard.writer.partial());
         }
     }
+}
+
+/// Copies a tensor of another file behind what is written; its digest.
+fn copy_part(shard: &Shard, view: &TensorView, algorithm: Algorithm) -> Result<Option<String>> {
+    let pool = Pool::default();
+    let mut digest = Stream::new(algorithm, view.dtype().size());
+    let (mut at, mut from) = (shard.at, 0);
+    while from < view.elements() {
+        let to = (from + BLOCK).min(view.elements());
+        let bytes = view.window(from..to, &pool)?;
+        digest.update(&bytes);
+        shard.writer.write_at(&bytes, at)?;
+        at += bytes.len() as u64;
+        from = to;
+    }
+    Ok(digest.finish())
 }
 
 /// Moves a spool behind what is written, padded to 8 bytes; its digest and length.

@@ -31,6 +31,8 @@ pub enum Codec {
     Bf16,
     /// The work type.
     Plain,
+    /// Nothing element by element: factors stand in another file already.
+    LowRank,
 }
 
 /// Up to 255 values, and the code of each bf16.
@@ -144,6 +146,8 @@ pub struct Packed {
     pub counts: Vec<[u64; 3]>,
     /// Sum of squares of each block.
     pub squares: Vec<f64>,
+    /// Sum of squares of what a low-rank tensor leaves out of each block.
+    pub residual: Vec<f64>,
     /// Non-zero differences.
     pub moved: u64,
     /// The largest, and where.
@@ -164,6 +168,7 @@ impl Packed {
         }
         self.counts.clear();
         self.squares.clear();
+        self.residual.clear();
         (self.moved, self.max, self.max_at, self.inexact, self.long) = (0, 0.0, None, 0, false);
     }
 
@@ -182,6 +187,7 @@ impl Packed {
                 }
                 return;
             }
+            Codec::LowRank => return,
             Codec::Palette(palette) => {
                 // Codes go through a buffer of fixed size: growing a vector byte by byte costs more than finding the byte.
                 let mut codes = [0u8; MICRO];
@@ -236,6 +242,7 @@ impl Codec {
         match self {
             Self::Palette(_) => 1,
             Self::Bf16 => 2,
+            Self::LowRank => 1,
             Self::Dense | Self::Plain => {
                 if double {
                     8

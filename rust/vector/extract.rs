@@ -1,13 +1,14 @@
 //! Making a vector folder: one pass over the donors, encoded, checked element by element, and written in order.
 
 use std::path::PathBuf;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
 use super::assembly::{Assembly, Tensor};
 use super::encode::{Choice, Codec, Packed, SAMPLE, Sample};
 use super::format::{CONFIG, Encoding, Row, VERSION};
+use super::lowrank;
 use super::wide::correction;
 use crate::bf16::{Element, Work};
 use crate::dtype::Dtype;
@@ -61,6 +62,16 @@ pub struct ExtractTensor {
     /// Tensors that must be equal, for integers and booleans: the vector is zero there.
     #[serde(default)]
     pub equal: Vec<Ref>,
+    /// u, s and v of a checkpoint, which are stored in place of the value, with the norm of what they leave out; empty for a rank of zero.
+    #[serde(default)]
+    pub factors: Option<Vec<Ref>>,
+}
+
+/// What stands in place of a tensor's value.
+struct Factors {
+    parts: Vec<TensorView>,
+    /// None for a rank of zero.
+    product: Option<Term>,
 }
 
 struct Job {
@@ -72,6 +83,7 @@ struct Job {
     equal: Vec<TensorView>,
     double: bool,
     rebuild: bool,
+    factors: Option<Factors>,
     codec: OnceLock<Codec>,
 }
 
@@ -89,6 +101,8 @@ impl Job {
             max_at: None,
             inexact: 0,
             wide: 0,
+            rank: None,
+            residual: None,
             bytes: 0,
             parts: Default::default(),
         }
@@ -99,8 +113,30 @@ impl Job {
         sources
             .map(|s| s.stored_bytes() + s.tensors().iter().map(|t| t.entry.end - t.entry.begin).sum::<u64>())
             .sum::<u64>()
-            + self.equal.iter().map(|t| t.entry.end - t.entry.begin).sum::<u64>()
+            + self.equal.iter().chain(self.parts()).map(|t| t.entry.end - t.entry.begin).sum::<u64>()
     }
+
+    /// The parts of a low-rank tensor.
+    fn parts(&self) -> &[TensorView] {
+        self.factors.as_ref().map_or(&[], |f| &f.parts)
+    }
+}
+
+fn factors(t: &ExtractTensor, refs: &[Ref], operands: Operands<'_>) -> Result<Factors> {
+    let parts: Vec<TensorView> = refs.iter().map(|r| operands.tensor(r)).collect::<Result<_>>()?;
+    let wrong = |problem: String| Error::mismatch(&t.name, problem);
+    let product = match parts.as_slice() {
+        [] => None,
+        [u, s, v] => {
+            let product = lowrank::product([u.clone(), s.clone(), v.clone()], &t.shape).map_err(|e| match e {
+                Error::Usage(problem) => wrong(problem),
+                other => other,
+            })?;
+            Some(Term::new(1.0, Source::Product(Arc::new(product))))
+        }
+        _ => return Err(wrong(format!("factors are u, s and v, found {} tensors", parts.len()))),
+    };
+    Ok(Factors { parts, product })
 }
 
 fn prepare(plan: &ExtractPlan, operands: Operands<'_>) -> Result<Vec<Job>> {
@@ -110,13 +146,15 @@ fn prepare(plan: &ExtractPlan, operands: Operands<'_>) -> Result<Vec<Job>> {
         let elements = elements(&t.shape, &t.name)?;
         let mut terms: Vec<Term> =
             t.terms.iter().map(|term| operands.term(term, &t.name, elements)).collect::<Result<_>>()?;
-        let double = terms.iter().any(Term::is_double);
+        let factors = t.factors.as_ref().map(|refs| factors(t, refs, operands)).transpose()?;
+        let stored = factors.iter().filter_map(|f| f.product.as_ref());
+        let double = terms.iter().chain(stored).any(Term::is_double);
         terms.retain(|t| !t.is_zero());
         let equal: Vec<TensorView> = t.equal.iter().map(|r| operands.tensor(r)).collect::<Result<_>>()?;
         if equal.iter().any(|e| e.entry.shape != t.shape || e.dtype() != dtype) {
             return Err(Error::mismatch(&t.name, "tensors that must be equal differ in format or shape"));
         }
-        if !terms.is_empty() && !dtype.is_float() {
+        if (!terms.is_empty() || factors.is_some()) && !dtype.is_float() {
             return Err(Error::mismatch(&t.name, format!("a difference of {dtype} is not defined")));
         }
         let rebuild = match terms.as_slice() {
@@ -125,6 +163,8 @@ fn prepare(plan: &ExtractPlan, operands: Operands<'_>) -> Result<Vec<Job>> {
             }
             _ => false,
         };
+        let rebuild = rebuild && factors.is_none();
+        let codec = factors.as_ref().map_or_else(OnceLock::new, |_| OnceLock::from(Codec::LowRank));
         jobs.push(Job {
             name: t.name.clone(),
             shape: t.shape.clone(),
@@ -134,7 +174,8 @@ fn prepare(plan: &ExtractPlan, operands: Operands<'_>) -> Result<Vec<Job>> {
             equal,
             double,
             rebuild,
-            codec: OnceLock::new(),
+            factors,
+            codec,
         });
     }
     Ok(jobs)
@@ -209,7 +250,10 @@ fn block_memory(job: &Job) -> u64 {
     let read: u64 = job.terms.iter().map(|t| t.memory().0).sum();
     let scratch: u64 = job.terms.iter().map(|t| t.memory().1).sum();
     let by_block = if job.terms.iter().any(Term::by_block) { work * BLOCK } else { 0 };
-    (work + 1 + read) * BLOCK + BLOCK / 8 + scratch + by_block
+    let product = job.factors.as_ref().and_then(|f| f.product.as_ref());
+    // What is stored beside what it stands for.
+    let product = product.map_or(0, |p| p.memory().1) + if job.factors.is_some() { 2 * work * BLOCK } else { 0 };
+    (work + 1 + read) * BLOCK + BLOCK / 8 + scratch + by_block + product
 }
 
 #[derive(Default)]
@@ -237,7 +281,14 @@ impl<'a> Run<'a> {
         let job = &self.jobs[tile.tensor];
         let Scratch { pool, packed, single, double, rebuilt, corrections } = scratch;
         packed.clear();
-        let codec = if job.terms.is_empty() {
+        let codec = if let Some(factors) = &job.factors {
+            if job.double {
+                self.measure(job, factors, tile, pool, double, packed)?;
+            } else {
+                self.measure(job, factors, tile, pool, single, packed)?;
+            }
+            job.codec.get()
+        } else if job.terms.is_empty() {
             self.check_equal(job, tile, pool)?;
             None
         } else if job.double {
@@ -259,7 +310,7 @@ impl<'a> Run<'a> {
                 return Ok(());
             };
             if tile.elements.start == 0 {
-                assembly.begin(Tensor { row: job.row(), codec, double: job.double })?;
+                assembly.begin(Tensor { row: job.row(), codec, double: job.double, factors: job.parts() })?;
             }
             assembly.add(packed)?;
             if last { assembly.end() } else { Ok(()) }
@@ -314,6 +365,57 @@ impl<'a> Run<'a> {
             sample.look(u);
         }
         Ok(job.codec.get_or_init(|| sample.choose(self.plan.encoding, job.double)))
+    }
+
+    /// Looks at what a low-rank tensor holds, and at what it leaves out.
+    fn measure<W: Work>(
+        &self,
+        job: &Job,
+        factors: &Factors,
+        tile: &Tile,
+        pool: &Pool,
+        buffer: &mut Vec<W>,
+        packed: &mut Packed,
+    ) -> Result<()> {
+        let level = self.level;
+        let stored = factors.product.as_slice();
+        let mut readers = [open::<W>(stored, tile.elements.clone(), pool)?, open(&job.terms, tile.elements.clone(), pool)?];
+        buffer.resize(2 * BLOCK as usize, W::ZERO);
+        let mut bits = [0u8; MICRO / 8];
+        for (_, block) in tile.blocks() {
+            let n = (block.end - block.start) as usize;
+            let (x, y) = buffer.split_at_mut(BLOCK as usize);
+            for (readers, into) in readers.iter_mut().zip([&mut x[..n], &mut y[..n]]) {
+                into.fill(W::ZERO);
+                accumulate(readers, level, into, block.clone())?;
+            }
+            let (mut squares, mut residual) = (0.0, 0.0);
+            for (i, (x, y)) in x[..n].chunks(MICRO).zip(y[..n].chunks_mut(MICRO)).enumerate() {
+                let from = block.start + (i * MICRO) as u64;
+                let Extent { max, moved, finite, squares: here } = dispatch::extent(level, &mut bits, x);
+                y.iter_mut().zip(x).for_each(|(y, &x)| *y = *y - x);
+                let left_out = dispatch::dot(level, y, y);
+                if !(finite && left_out.is_finite()) && !self.plan.allow_nonfinite {
+                    for terms in [stored, &job.terms] {
+                        let range = from..from + x.len() as u64;
+                        if let Some(e) = first_nonfinite::<W>(&job.name, &[], terms, level, range, pool)? {
+                            return Err(e);
+                        }
+                    }
+                }
+                if max.to_f64() > packed.max {
+                    packed.max = max.to_f64();
+                    packed.max_at = x.iter().position(|v| v.abs() == max).map(|p| from + p as u64);
+                }
+                squares += here;
+                residual += left_out;
+                packed.moved += moved;
+            }
+            packed.squares.push(squares);
+            packed.residual.push(residual);
+            packed.counts.push([0; 3]);
+        }
+        Ok(())
     }
 
     #[allow(clippy::too_many_arguments, reason = "the scratch of a worker, piece by piece")]

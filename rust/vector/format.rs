@@ -29,6 +29,8 @@ pub enum Encoding {
     Dense,
     /// A bitmap of the elements that moved, and their values.
     Sparse,
+    /// Two thin factors and the weights between them; not exact.
+    LowRank,
 }
 
 /// One piece of an encoding.
@@ -65,6 +67,12 @@ pub struct Row {
     pub inexact: u64,
     /// Elements with a correction.
     pub wide: u64,
+    /// The rank of a low-rank tensor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rank: Option<u64>,
+    /// The norm of what was left out of a tensor that was compressed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub residual: Option<f64>,
     /// Stored bytes.
     pub bytes: u64,
     /// The pieces, by role.

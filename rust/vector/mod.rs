@@ -4,6 +4,7 @@ pub mod assembly;
 pub mod encode;
 pub mod extract;
 pub mod format;
+pub mod lowrank;
 pub mod sparse;
 pub mod stored;
 pub mod wide;

@@ -4,10 +4,12 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::format::{Encoding, Row, VectorFolder};
+use super::lowrank;
 use super::sparse::{Sparse, SparseReader};
 use super::wide::Wide;
 use crate::bf16::Work;
 use crate::dtype::{Class, Dtype};
+use crate::product::{Product, ProductReader};
 use crate::simd::Level;
 use crate::simd::dispatch::{self, with_element};
 use crate::store::map::{Pool, Window};
@@ -38,6 +40,7 @@ enum Body {
     Zero,
     Dense(TensorView),
     Sparse(Box<Sparse>),
+    LowRank(Box<Product>),
 }
 
 impl Stored {
@@ -95,6 +98,7 @@ impl Stored {
                 wide = Wide::open(row, data)?;
                 Body::Sparse(Box::new(Sparse::open(row, data)?))
             }
+            (Encoding::LowRank, Some(data)) => Body::LowRank(Box::new(lowrank::open(row, data)?)),
         };
         Ok(Self {
             name: row.name.clone(),
@@ -114,6 +118,7 @@ impl Stored {
             Body::Zero => false,
             Body::Dense(v) => v.dtype() == Dtype::F64,
             Body::Sparse(s) => s.is_double(),
+            Body::LowRank(p) => p.is_double(),
         };
         stored || self.dtype == Dtype::F64
     }
@@ -125,7 +130,15 @@ impl Stored {
 
     /// Whether it is best read a whole block at a time.
     pub fn by_block(&self) -> bool {
-        matches!(self.body, Body::Sparse(_)) || self.wide.is_some()
+        matches!(self.body, Body::Sparse(_) | Body::LowRank(_)) || self.wide.is_some()
+    }
+
+    /// Bytes that a worker holds while it has a block open, whatever its windows take.
+    pub(crate) fn scratch(&self) -> u64 {
+        match &self.body {
+            Body::LowRank(p) => p.memory(),
+            _ => 0,
+        }
     }
 
     pub(crate) fn window_bytes(&self) -> u64 {
@@ -133,6 +146,7 @@ impl Stored {
             Body::Zero => 0,
             Body::Dense(v) => v.dtype().size() as u64,
             Body::Sparse(s) => s.window_bytes(),
+            Body::LowRank(_) => 0,
         }
     }
 
@@ -141,12 +155,13 @@ impl Stored {
             Body::Zero => false,
             Body::Dense(v) => v.map().windows_are_read(),
             Body::Sparse(s) => s.windows_are_read(),
+            Body::LowRank(_) => false,
         }
     }
 
     pub(crate) fn prefetch(&self, elements: Range<u64>) {
         match &self.body {
-            Body::Zero => {}
+            Body::Zero | Body::LowRank(_) => {}
             Body::Dense(v) => v.prefetch(elements),
             Body::Sparse(s) => s.prefetch(elements),
         }
@@ -172,6 +187,7 @@ impl Stored {
             Body::Zero => ReaderBody::Zero,
             Body::Dense(v) => ReaderBody::Dense { window: v.window(elements, pool)?, dtype: v.dtype(), from },
             Body::Sparse(s) => ReaderBody::Sparse(s.open_on(&elements, pool)?),
+            Body::LowRank(p) => ReaderBody::LowRank(p.open(elements, pool)?),
         };
         Ok(StoredReader { body, stored: self, pool })
     }
@@ -190,6 +206,7 @@ enum ReaderBody<'a> {
     Zero,
     Dense { window: Window<'a>, dtype: Dtype, from: u64 },
     Sparse(SparseReader<'a>),
+    LowRank(ProductReader),
 }
 
 impl StoredReader<'_> {
@@ -210,6 +227,7 @@ impl StoredReader<'_> {
                 with_element!(*dtype, E => dispatch::scaled::<E, W>(level, acc, bytes, c, first));
             }
             ReaderBody::Sparse(reader) => reader.add(acc, elements, c, first)?,
+            ReaderBody::LowRank(reader) => reader.add(level, acc, elements, c, first),
         }
         Ok(())
     }

@@ -216,6 +216,7 @@ def extract(
 def apply(
     vectors: Sequence[Path],
     pairs: Pairs,
+    base: Path | None,
     to: Path,
     out: Path,
     alpha: Sequence[float],
@@ -245,7 +246,7 @@ def apply(
 ) -> None:
     """Add vectors to the target T in one pass, and write the result with a record of its making."""
     with guarded(), progress("applying", quiet=quiet or as_json or dry_run) as tell:
-        vector = _scaled(_each(vectors, pairs), alpha)
+        vector = _scaled(_each(vectors, pairs, base), alpha)
         if alpha_for:
             vector = vector.alpha_for(dict(_rule(rule) for rule in alpha_for))
         if layer_ramp is not None:
@@ -329,6 +330,7 @@ def undo(
 def inspect(
     path: Path | None,
     pairs: Pairs,
+    base: Path | None,
     html: Path | None,
     threads: int,
     memory_budget: int,
@@ -337,15 +339,18 @@ def inspect(
     quiet: bool,
 ) -> None:
     """Norms, sparsity and largest changes of a vector or a checkpoint, by layer and module."""
+    from reasonvec.adapter import is_adapter
     from reasonvec.cli.show import show_inspection
     from reasonvec.folders import is_vector
 
     with guarded(), progress("inspecting", quiet=quiet or as_json) as tell:
         options = run_options(threads, memory_budget, tell)
-        if path is not None and not pairs and not is_vector(path):
+        if path is not None and not pairs and not is_vector(path) and not is_adapter(path):
             report = open_point(path).inspect(**options)
         else:
-            report = _each([] if path is None else [path], pairs, only=1)[0].inspect(**options)
+            report = _each([] if path is None else [path], pairs, base, only=1)[0].inspect(
+                **options
+            )
         if html is not None:
             from reasonvec._reasonvec import write_whole
             from reasonvec.page import inspection_page
@@ -362,6 +367,7 @@ def inspect(
 def compare(
     vectors: Sequence[Path],
     pairs: Pairs,
+    base: Path | None,
     threads: int,
     memory_budget: int,
     *,
@@ -372,7 +378,7 @@ def compare(
     from reasonvec.cli.show import show_comparison
 
     with guarded(), progress("comparing", quiet=quiet or as_json) as tell:
-        first, second = _each(vectors, pairs, only=2)
+        first, second = _each(vectors, pairs, base, only=2)
         report = first.compare(second, **run_options(threads, memory_budget, tell))
     emit(report.as_json, lambda: show_comparison(report), as_json=as_json, quiet=quiet)
 
@@ -424,16 +430,21 @@ def _where(vector: Vector, include: Sequence[str], exclude: Sequence[str]) -> Ve
     return vector.where(include=include, exclude=exclude) if include or exclude else vector
 
 
-def _each(vectors: Sequence[Path], pairs: Pairs, *, only: int | None = None) -> list[Vector]:
-    """The vectors of a command line: folders first, then differences."""
-    from reasonvec import load
+def _each(
+    vectors: Sequence[Path], pairs: Pairs, base: Path | None, *, only: int | None = None
+) -> list[Vector]:
+    """The vectors of a command line: folders, of vectors or of adapters, then differences."""
+    from reasonvec import adapter, load
+    from reasonvec.adapter import is_adapter
 
     found = len(vectors) + len(pairs)
     if not found or (only is not None and found != only):
         wanted = {None: "at least one vector", 1: "one vector", 2: "two vectors"}[only]
         message = f"expected {wanted} (a folder, or --from POSITIVE NEGATIVE), found {found}"
         raise click.UsageError(message)
-    return [load(path) for path in vectors] + [open_point(p) - open_point(n) for p, n in pairs]
+    point = None if base is None else open_point(base)
+    folders = [adapter(path, point) if is_adapter(path) else load(path) for path in vectors]
+    return folders + [open_point(p) - open_point(n) for p, n in pairs]
 
 
 def _scaled(vectors: list[Vector], alphas: Sequence[float]) -> Vector:

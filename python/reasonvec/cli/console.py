@@ -61,6 +61,13 @@ _FROM = click.option(
     metavar="P N",
     help="The difference of two checkpoints in place of a vector; nothing is written in between.",
 )
+_BASE = click.option(
+    "--base",
+    type=INPUT,
+    metavar="B",
+    help="The checkpoint that the adapters among V were trained on.  [default: the one that "
+    "adapter_config.json names, if it is a folder here]",
+)
 _INCLUDE = click.option(
     "--include",
     multiple=True,
@@ -110,8 +117,8 @@ _QUIET = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 
 
 def vector_sources(command: Callable[_P, _R]) -> Callable[_P, _R]:
-    """`--from P N`, repeatable: a difference where a vector may stand."""
-    return _FROM(command)
+    """`--from P N`, repeatable: a difference where a vector may stand; `--base`, for adapters."""
+    return _FROM(_BASE(command))
 
 
 def selecting_options(command: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
-from reasonvec.algebra import Point
+from reasonvec.algebra import Adapter, Point
 from reasonvec.compat.layout import Layout, TensorInfo
 from reasonvec.compat.problem import Problem
 from reasonvec.folders import CheckpointFolder
@@ -45,7 +45,7 @@ class Input(Protocol):
     def stack(self) -> Stack:
         """Its layers."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self, operands: Operands) -> list[Problem]:
         """What is wrong with it by itself."""
 
     def terms(self, name: str, operands: Operands) -> list[Json]:
@@ -86,8 +86,9 @@ class PointInput:
             ]
         return self._placed
 
-    def problems(self) -> list[Problem]:
-        return [*self.folder.copy_problems]
+    def problems(self, operands: Operands) -> list[Problem]:
+        placed = [problem for term in self.place(operands) for problem in term.problems]
+        return [*self.folder.copy_problems, *placed]
 
     def terms(self, name: str, operands: Operands) -> list[Json]:
         stored = self._names[name]
@@ -96,8 +97,24 @@ class PointInput:
         return [own, *added]
 
     def whole(self, name: str, operands: Operands) -> Json | None:
-        terms = self.terms(name, operands)
-        return _one(terms)
+        adapters = [scaled.leaf for scaled in self.point.vector.terms]
+        if not all(isinstance(leaf, Adapter) for leaf in adapters) or any(
+            scaled.factors or scaled.control for scaled in self.point.vector.terms
+        ):
+            return _one(self.terms(name, operands))
+        stored = self._names[name]
+        tensor = operands.ref(self.folder, stored)
+        factors: list[Json] = []
+        for leaf in adapters:
+            assert isinstance(leaf, Adapter)
+            update, number = leaf.updates.of.get(stored), operands.number(leaf.folder)
+            if update is not None and update.saved is not None:
+                tensor = {"operand": number, "name": update.saved}
+            if update is not None and update.factors is not None:
+                factors.append(update.factors.as_json(number))
+        return (
+            {"adapted": {"tensor": tensor, "adapters": factors}} if factors else {"tensor": tensor}
+        )
 
 
 class MergedInput:
@@ -123,7 +140,7 @@ class MergedInput:
     def _tensors(self) -> dict[str, Json]:
         return {t.name: t.plan for t in self.plan.tensors}
 
-    def problems(self) -> list[Problem]:
+    def problems(self, operands: Operands) -> list[Problem]:
         curved = next((t for t in self.plan.tensors if t.plan.get("method") is not None), None)
         if curved is None:
             return self.plan.problems

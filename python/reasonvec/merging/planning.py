@@ -266,7 +266,7 @@ class _Planner:
             return self._nothing(donor)
         used = self._used(modules, donor_input)
         for source in used:
-            self.problems += [*folder_problems(source.layout), *source.problems()]
+            self.problems += [*folder_problems(source.layout), *source.problems(self.operands)]
         if any(p.severity == "error" for p in self.problems):
             return self._nothing(donor_input.folder, used)
         sliced = any(part.length is not None for _, parts in modules for part in parts)
@@ -581,12 +581,12 @@ class _Planner:
         plan = method.plan(reader, len(models))
         weights = [reader.weight(i) if method.weighted else 1.0 for i in range(len(models))]
         terms = [
-            {"coefficient": weight, **self._single(sum_of(model), model)}
+            {"coefficient": weight, **self._single(model, name, layer, rows)}
             for weight, model in zip(weights, models, strict=True)
         ]
         if base is None:
             return None, terms, plan
-        anchor = self._single(sum_of(base), base)
+        anchor = self._single(base, name, layer, rows)
         if method.base == "model":
             return None, [{"coefficient": 1.0, **anchor}, *terms], plan
         source = anchor.get("source")
@@ -622,12 +622,25 @@ class _Planner:
                 terms += [_times(-c, term) for term in base]
         return target, _gathered(terms)
 
-    def _single(self, terms: list[Json], model: _Model) -> Json:
-        if len(terms) == 1 and terms[0]["coefficient"] == 1.0:
-            return {key: terms[0][key] for key in ("source", "segments") if key in terms[0]}
+    def _single(self, model: _Model, name: str, layer: int | None, rows: Vocabulary | None) -> Json:
+        """A model's tensor as one source, or as one list of segments."""
+        here = model.name(name, layer)
+        whole = model.input.whole(here, self.operands)
+        if rows is None:
+            laid: list[Json] = [] if whole is None else [{"source": whole}]
+        else:
+            terms = [] if whole is None else [{"source": whole}]
+            laid = lay_rows(rows, model.input, here, terms, self.operands)
+        if len(laid) == 1:
+            return {key: laid[0][key] for key in ("source", "segments") if key in laid[0]}
+        method = self.merge.method.name
         message = (
-            f"{model.input.label}: is a sum, and {self.merge.method.name} takes checkpoints: save "
-            "it first, and name its folder instead"
+            f"{model.input.label}: is a sum, and {method} takes checkpoints: save it first, and "
+            "name its folder instead"
+            if len(laid) == 0
+            else f"{model.input.label}: some of its rows would be a mean of other models', which "
+            f"{method} does not take in the same pass: say for the tokens that it lacks which "
+            "model they come from (tokenizer: tokens: TOKEN: source: MODEL)"
         )
         raise ReasonvecError(message)
 
@@ -705,7 +718,9 @@ def _unlike(info: TensorInfo, models: Sequence[_Model], infos: Sequence[TensorIn
 def _same(a: Input, b: Input) -> bool:
     if a is b:
         return True
-    return a.folder == b.folder and a.label == b.label
+    if not (isinstance(a, PointInput) and isinstance(b, PointInput)):
+        return False
+    return a.folder == b.folder and not a.point.vector.terms and not b.point.vector.terms
 
 
 def _times(c: float, term: Json) -> Json:
