@@ -626,11 +626,9 @@ class _Planner:
         """A model's tensor as one source, or as one list of segments."""
         here = model.name(name, layer)
         whole = model.input.whole(here, self.operands)
-        if rows is None:
-            laid: list[Json] = [] if whole is None else [{"source": whole}]
-        else:
-            terms = [] if whole is None else [{"source": whole}]
-            laid = lay_rows(rows, model.input, here, terms, self.operands)
+        laid: list[Json] = [] if whole is None else [{"coefficient": 1.0, "source": whole}]
+        if rows is not None:
+            laid = lay_rows(rows, model.input, here, laid, self.operands)
         if len(laid) == 1:
             return {key: laid[0][key] for key in ("source", "segments") if key in laid[0]}
         method = self.merge.method.name
