@@ -38,6 +38,10 @@ class Input(Protocol):
         """Its tensors, config and tokenizer."""
 
     @property
+    def names(self) -> Mapping[str, str]:
+        """Canonical name to the name in the files, for all that is not a copy of another."""
+
+    @property
     def folder(self) -> CheckpointFolder:
         """Whose small files it has."""
 
@@ -76,7 +80,7 @@ class PointInput:
         return Stack(self.layout)
 
     @cached_property
-    def _names(self) -> Mapping[str, str]:
+    def names(self) -> Mapping[str, str]:
         return self.layout.names()
 
     def place(self, operands: Operands) -> list[PlacedTerm]:
@@ -91,7 +95,7 @@ class PointInput:
         return [*self.folder.copy_problems, *placed]
 
     def terms(self, name: str, operands: Operands) -> list[Json]:
-        stored = self._names[name]
+        stored = self.names[name]
         own: Json = {"coefficient": 1.0, "source": {"tensor": operands.ref(self.folder, stored)}}
         added = [term.terms[stored] for term in self.place(operands) if stored in term.terms]
         return [own, *added]
@@ -102,7 +106,7 @@ class PointInput:
             scaled.factors or scaled.control for scaled in self.point.vector.terms
         ):
             return _one(self.terms(name, operands))
-        stored = self._names[name]
+        stored = self.names[name]
         tensor = operands.ref(self.folder, stored)
         factors: list[Json] = []
         for leaf in adapters:
@@ -133,6 +137,10 @@ class MergedInput:
         return Layout(self.folder.folder, tensors, self.plan.config)
 
     @cached_property
+    def names(self) -> Mapping[str, str]:
+        return self.layout.names()
+
+    @cached_property
     def stack(self) -> Stack:
         return Stack(self.layout)
 
@@ -152,7 +160,7 @@ class MergedInput:
         return [*self.plan.problems, Problem("nested", message)]
 
     def terms(self, name: str, operands: Operands) -> list[Json]:
-        tensor = self._tensors[self.layout.names()[name]]
+        tensor = self._tensors[self.names[name]]
         target, terms = tensor["target"], tensor["terms"]
         own: list[Json] = []
         if target is not None:

@@ -48,6 +48,8 @@ class MergedTensor:
     plan: Json
     inputs: tuple[str, ...]
     why: str | None = None
+    stored: str = ""
+    """The dtype of the tensor whose place it takes."""
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -360,7 +362,7 @@ class _Planner:
         done: set[str] = set()
         origins: list[LayerOrigin] | None = None
         copies = {*donor.layout.copies()}
-        names = {n: s for n, s in donor.layout.names().items() if s not in copies}
+        names = {n: s for n, s in donor.names.items() if s not in copies}
         for module, parts in modules:
             wanted = {n: s for n, s in names.items() if n not in done and module.takes(n)}
             if not wanted:
@@ -425,7 +427,7 @@ class _Planner:
         at = 0
         for part in parts:
             frame, length = part.frame, part.length or 0
-            theirs = frame.input.layout.names()
+            theirs = frame.input.names
             by_layer: dict[int, list[str]] = {}
             for name in theirs:
                 if (layer := frame.input.stack.layer(name)) is not None:
@@ -450,10 +452,10 @@ class _Planner:
 
     def _check_names(self, part: _Slice, module: Module, donor: Input) -> None:
         """What an input has and the output would not."""
-        have = donor.layout.names().keys()
+        have = donor.names.keys()
         severity: Severity = "error" if self.missing == "error" else "warning"
         for model in part.models:
-            for name, stored in model.input.layout.names().items():
+            for name, stored in model.input.names.items():
                 if name in have or not module.takes(name) or _BUFFERS.search(name):
                     continue
                 message = (
@@ -463,7 +465,7 @@ class _Planner:
                 self.problems.append(Problem("unused", message, stored, severity))
 
     def _copy(self, name: str, source: Input, why: str) -> MergedTensor:
-        info = source.layout.tensors[source.layout.names()[name]]
+        info = source.layout.tensors[source.names[name]]
         whole = source.whole(name, self.operands)
         target = None if whole is None else whole.get("tensor")
         terms = [] if target is not None else source.terms(name, self.operands)
@@ -491,7 +493,7 @@ class _Planner:
         }
         if method is not None:
             plan["method"] = method
-        return MergedTensor(name, info.dtype, shape, plan, inputs, why)
+        return MergedTensor(name, info.dtype, shape, plan, inputs, why, info.dtype)
 
     def _tensor(
         self,
@@ -513,7 +515,7 @@ class _Planner:
         if missing:
             return self._lacking(info, out, name, layer, part, missing)
         here = [m for m in (base, *models) if m is not None]
-        infos = [m.input.layout.tensors[m.input.layout.names()[m.name(name, layer)]] for m in here]
+        infos = [m.input.layout.tensors[m.input.names[m.name(name, layer)]] for m in here]
         if info.dtype not in FLOATS:
             refs = [r for m in here for r in self._refs(m, name, layer)]
             same = all(i.dtype == info.dtype and i.shape == info.shape for i in infos)
@@ -645,7 +647,7 @@ class _Planner:
     # ---- what does not fit
 
     def _has(self, model: _Model, name: str, layer: int | None) -> bool:
-        return model.name(name, layer) in model.input.layout.names()
+        return model.name(name, layer) in model.input.names
 
     def _refs(self, model: _Model, name: str, layer: int | None) -> list[Json]:
         terms = model.input.terms(model.name(name, layer), self.operands)

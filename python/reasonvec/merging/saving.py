@@ -118,7 +118,8 @@ def _change(tensor: MergedTensor, file: str) -> TensorChange:
     if terms or target is None:
         action = "update" if target is not None else "merge"
     else:
-        action = "check" if tensor.plan["equal"] else "copy"
+        changed = tensor.dtype != tensor.stored
+        action = "convert" if changed else "check" if tensor.plan["equal"] else "copy"
     return TensorChange(
         tensor.name,
         file,
