@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 import reasonvec as rv
 from reasonvec.merging.parameters import Conditions, Place, evaluate, gradient, setting
+from reasonvec.verify import verify
 
 UP = "model.layers.{}.mlp.up_proj.weight"
 
@@ -151,8 +152,153 @@ def test_a_model_may_be_a_sum_where_the_method_is_linear(
     for name, value in made.items():
         expected = 0.5 * (f64(i[name]) + 0.5 * (f64(r[name]) - f64(s[name]))) + 0.5 * f64(b[name])
         assert np.allclose(f64(value), expected, rtol=1e-6, atol=1e-9), name
-    message = only(rv.ties(base, {moved: 1.0}).plan(tmp_path / "x"), "parameter")
-    assert "is a sum, and ties takes checkpoints: save it first" in message
+
+
+def test_a_sum_is_written_first_where_the_method_is_not_linear(
+    tmp_path: Path,
+    base: rv.Checkpoint,
+    sft: rv.Checkpoint,
+    rl: rv.Checkpoint,
+    instruct: rv.Checkpoint,
+) -> None:
+    moved = instruct + 0.5 * (rl - sft)
+    plan = rv.ties(base, {moved: 1.0, rl: 0.5}, density=0.5).plan(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    told = [p.message for p in plan.problems if p.kind == "stage"]
+    assert len(told) == 1
+    report = plan.run()
+    assert verify(tmp_path / "out").ok
+    assert not [p for p in (tmp_path / "out").iterdir() if p.is_dir()]
+    moved.save(tmp_path / "moved", out_dtype="float32")
+    again = rv.ties(base, {rv.open(tmp_path / "moved"): 1.0, rl: 0.5}, density=0.5)
+    digests = {t.name: t.digest for t in again.save(tmp_path / "again").tensors}
+    assert {t.name: t.digest for t in report.tensors} == digests
+    record = json.loads((tmp_path / "out/reasonvec.json").read_text())
+    assert [i["kind"] for i in record["inputs"]].count("stage") == 1
+    # What the stage was made of has its digests too.
+    by_path = {Path(i["path"]).name: i["tensors"] for i in record["inputs"]}
+    assert UP.format(1) in by_path["instruct"]
+
+
+def test_merges_inside_merges_are_what_they_are_one_by_one(
+    tmp_path: Path, base: rv.Checkpoint, sft: rv.Checkpoint, rl: rv.Checkpoint
+) -> None:
+    def outer(inner: rv.Merge | rv.Point) -> rv.Merge:
+        return rv.model_stock(base, [inner, sft])
+
+    between = rv.slerp(sft, rl, t=[0.0, 0.5, 1.0])
+    between.save(tmp_path / "between")
+    one = outer(between).save(tmp_path / "one")
+    two = outer(rv.open(tmp_path / "between")).save(tmp_path / "two")
+    assert {t.name: t.digest for t in one.tensors} == {t.name: t.digest for t in two.tensors}
+
+
+def test_a_stage_that_fails_leaves_nothing(
+    place: Path, tmp_path: Path, base: rv.Checkpoint, rl: rv.Checkpoint
+) -> None:
+    weight = tensors_of(place / "sft")[UP.format(1)].copy()
+    weight[3, 5] = np.inf
+    bad = rv.open(copied(place / "sft", tmp_path / "bad", **{UP.format(1): weight}))
+    merge = rv.ties(base, {rv.slerp(rl, bad, t=0.5): 1.0})
+    with pytest.raises(rv.NonFiniteError):
+        merge.save(tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    merge = rv.ties(base, {rv.slerp(rl, base, t=0.5): 1.0})
+    (tmp_path / "out/.reasonvec-stages/0").mkdir(parents=True)  # of a run that was killed
+    (tmp_path / "out/.reasonvec-stages/0/model.safetensors").write_bytes(b"half")
+    merge.save(tmp_path / "out")
+    assert verify(tmp_path / "out").ok
+    assert not (tmp_path / "out/.reasonvec-stages").exists()
+
+
+# ---- adapters
+
+
+def make_adapter(folder: Path, rank: int = 3, **config: object) -> Path:
+    """A LoRA adapter for two matrices of the models."""
+    noise = np.random.default_rng(11)
+    folder.mkdir()
+    shapes = {"model.layers.1.mlp.up_proj": (48, 32), "model.layers.2.self_attn.q_proj": (32, 32)}
+    tensors = {}
+    for module, (rows, columns) in shapes.items():
+        at = f"base_model.model.{module}"
+        tensors[f"{at}.lora_A.weight"] = noise.standard_normal((rank, columns), np.float32)
+        tensors[f"{at}.lora_B.weight"] = noise.standard_normal((rows, rank), np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": rank, "lora_alpha": 6} | config
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    return folder
+
+
+def test_adapters_in_references(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter(tmp_path / "lora")
+    monkeypatch.chdir(place)
+    config = tmp_path / "config.yml"
+    text = (
+        "merge_method: {}\nbase_model: base\nmodels:\n- model: sft+{}/lora\n"
+        "  parameters: {{weight: 0.5}}\ndtype: float32\n"
+    )
+    config.write_text(text.format("task_arithmetic", tmp_path.as_posix()))
+    rv.read_config(config).save(tmp_path / "sum")
+    made, b, s = tensors_of(tmp_path / "sum"), tensors_of(place / "base"), tensors_of(place / "sft")
+    factors = {
+        name.removeprefix("base_model.model."): f64(value)
+        for name, value in _load(tmp_path / "lora/adapter_model.safetensors").items()
+    }
+    for name, value in made.items():
+        model = f64(s[name])
+        module = name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" in factors:
+            model = (
+                model + 2 * factors[f"{module}.lora_B.weight"] @ factors[f"{module}.lora_A.weight"]
+            )
+        assert np.allclose(
+            f64(value), f64(b[name]) + 0.5 * (model - f64(b[name])), rtol=1e-5, atol=1e-5
+        ), name
+    # A method that is no weighted sum reads the adapted tensor as one, with nothing written.
+    config.write_text(text.format("ties", tmp_path.as_posix()))
+    plan = rv.read_config(config).plan(tmp_path / "ties")
+    assert plan.stages is None
+    row = next(t for t in rows(plan) if t["name"] == UP.format(1))
+    assert "adapted" in row["terms"][0]["source"]  # type: ignore[index]
+    plan.run()
+    # Density 1, one model: base + (x - B), whatever the weight.
+    made = tensors_of(tmp_path / "ties")
+    module = "model.layers.1.mlp.up_proj"
+    expected = (
+        f64(s[UP.format(1)])
+        + 2 * factors[f"{module}.lora_B.weight"] @ factors[f"{module}.lora_A.weight"]
+    )
+    assert np.allclose(f64(made[UP.format(1)]), expected, rtol=1e-5, atol=1e-5)
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"peft_type": "IA3"}, "only LORA is read"),
+        ({"r": 4}, "rank 4"),
+    ],
+)
+def test_adapters_that_are_no_sum_are_refused(
+    place: Path, tmp_path: Path, config: dict[str, object], said: str
+) -> None:
+    make_adapter(tmp_path / "lora", **config)
+    path = tmp_path / "config.yml"
+    path.write_text(
+        f"merge_method: passthrough\nmodels: [{{model: '{place.as_posix()}/sft+{tmp_path.as_posix()}/lora'}}]\n"
+    )
+    plan = rv.read_config(path).plan(tmp_path / "out")
+    assert any(said in p.message for p in plan.errors)
+    assert not (tmp_path / "out").exists()
 
 
 def test_stacks_repeat_layers(

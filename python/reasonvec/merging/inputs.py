@@ -19,6 +19,7 @@ from reasonvec.terms import Operands, PlacedTerm, depth, place_term
 
 if TYPE_CHECKING:
     from reasonvec.merging.planning import Plan
+    from reasonvec.merging.stages import Stages
 
 __all__ = ["Input", "MergedInput", "PointInput", "Stack", "is_behind", "renumbered"]
 
@@ -122,12 +123,15 @@ class PointInput:
 
 
 class MergedInput:
-    """Another merge, of which nothing is written: only what one pass can take, a linear one."""
+    """Another merge. Weighted sums become part of what reads them; what is no weighted sum is
+    written first (`reasonvec.merging.stages`)."""
 
-    def __init__(self, plan: Plan, name: str) -> None:
+    def __init__(self, plan: Plan, name: str, stages: Stages) -> None:
         self.plan = plan
         self.label = name
         self.folder = plan.donor
+        curved = [t.plan for t in plan.tensors if t.plan.get("method") is not None]
+        self.staged = stages.add(name, curved) if curved else None
 
     @cached_property
     def layout(self) -> Layout:
@@ -149,18 +153,14 @@ class MergedInput:
         return {t.name: t.plan for t in self.plan.tensors}
 
     def problems(self, operands: Operands) -> list[Problem]:
-        curved = next((t for t in self.plan.tensors if t.plan.get("method") is not None), None)
-        if curved is None:
-            return self.plan.problems
-        message = (
-            f"{self.label}: is merged by {self.plan.method}, whose result is no weighted sum, so "
-            "another merge cannot read it in the same pass: save it first, by itself, and name its "
-            "folder instead"
-        )
-        return [*self.plan.problems, Problem("nested", message)]
+        return self.plan.problems
 
     def terms(self, name: str, operands: Operands) -> list[Json]:
-        tensor = self._tensors[self.names[name]]
+        stored = self.names[name]
+        tensor = self._tensors[stored]
+        if tensor.get("method") is not None and self.staged is not None:
+            ref = operands.ref(self.staged, stored)
+            return [{"coefficient": 1.0, "source": {"tensor": ref}}]
         target, terms = tensor["target"], tensor["terms"]
         own: list[Json] = []
         if target is not None:

@@ -21,6 +21,7 @@ from reasonvec.merging.inputs import Input, MergedInput, PointInput, is_behind, 
 from reasonvec.merging.layers import LayerOrigin, restacked_config
 from reasonvec.merging.methods import LinearMethod, Numerics
 from reasonvec.merging.parameters import Place, Setting, evaluate
+from reasonvec.merging.stages import Staged, Stages
 from reasonvec.merging.vocabulary import Vocabulary, lay_rows
 from reasonvec.names import is_embedding, is_vocabulary
 from reasonvec.terms import Operands, elements
@@ -148,13 +149,14 @@ def _rounded(value: float, dtype: str | None) -> float:
 class _Planner:
     merge: Merge
     operands: Operands
-    out_dtype: str | None
+    stages: Stages
     missing: MergeMissing
     numerics: Numerics
     seed: int
     problems: list[Problem] = field(default_factory=list)
     inputs: dict[int, Input] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
+    staged: dict[int, Staged] = field(default_factory=dict)
 
     # ---- opening
 
@@ -169,12 +171,13 @@ class _Planner:
                 inner = plan_merge(
                     point,
                     self.operands,
+                    self.stages,
                     out_dtype=point.out_dtype,
                     missing=self.missing,
                     numerics=self.numerics,
                     seed=self.seed,
                 )
-                known = MergedInput(inner, point.label or f"({point})")
+                known = MergedInput(inner, point.label or f"({point})", self.stages)
             else:
                 assert isinstance(point, Point)
                 known = PointInput(point)
@@ -594,12 +597,9 @@ class _Planner:
         source = anchor.get("source")
         target = source.get("tensor") if isinstance(source, dict) else None
         if target is None:
-            message = (
-                f"{base.input.label}: its rows have to be laid out by token first, which "
-                f"{method.name} cannot do with its base in the same pass: take "
-                "tokenizer_source: base, or save the base with the new tokenizer first"
-            )
-            raise ReasonvecError(message)
+            # What differences are taken from has to be a tensor by itself.
+            laid: list[Json] = [{"coefficient": 1.0, **anchor}]
+            target = self._stage(base, base.name(name, layer), laid, rows)
         return target, terms, plan
 
     def _moved(
@@ -633,16 +633,33 @@ class _Planner:
             laid = lay_rows(rows, model.input, here, laid, self.operands)
         if len(laid) == 1:
             return {key: laid[0][key] for key in ("source", "segments") if key in laid[0]}
-        method = self.merge.method.name
-        message = (
-            f"{model.input.label}: is a sum, and {method} takes checkpoints: save it first, and "
-            "name its folder instead"
-            if len(laid) == 0
-            else f"{model.input.label}: some of its rows would be a mean of other models', which "
-            f"{method} does not take in the same pass: say for the tokens that it lacks which "
-            "model they come from (tokenizer: tokens: TOKEN: source: MODEL)"
+        if not laid:
+            laid = model.input.terms(here, self.operands)
+        return {"source": {"tensor": self._stage(model, here, laid, rows)}}
+
+    def _stage(self, model: _Model, name: str, terms: list[Json], rows: Vocabulary | None) -> Json:
+        """A tensor that has to be written first, because it is no tensor of any file."""
+        staged = self.staged.get(id(model.input))
+        if staged is None:
+            staged = self.staged[id(model.input)] = self.stages.add(model.input.label, [])
+        if name in staged.names:  # a layer that stands in several slices
+            return self.operands.ref(staged, name)
+        staged.names.add(name)
+        info = model.input.layout.tensors[model.input.names[name]]
+        shape = info.shape if rows is None else (rows.rows, *info.shape[1:])
+        # Rows that only move stay what they are; a sum is not rounded before it is used.
+        dtype = info.dtype if len(terms) == 1 else "F64" if info.dtype == "F64" else "F32"
+        staged.plans.append(
+            {
+                "name": name,
+                "dtype": dtype,
+                "shape": list(shape),
+                "target": None,
+                "terms": terms,
+                "equal": [],
+            }
         )
-        raise ReasonvecError(message)
+        return self.operands.ref(staged, name)
 
     # ---- what does not fit
 
@@ -751,6 +768,7 @@ def _gathered(terms: list[Json]) -> list[Json]:
 def plan_merge(
     merge: Merge,
     operands: Operands,
+    stages: Stages,
     *,
     out_dtype: str | None = None,
     missing: MergeMissing = "error",
@@ -763,7 +781,7 @@ def plan_merge(
         FormatError, OSError: a config or tokenizer cannot be read.
         ReasonvecError: nothing at all can be planned.
     """
-    planner = _Planner(merge, operands, out_dtype, missing, numerics, seed)
+    planner = _Planner(merge, operands, stages, missing, numerics, seed)
     plan = planner.run()
     if out_dtype is None:
         return plan

@@ -230,7 +230,7 @@ def lay_rows(
         ReasonvecError: a model is a sum, whose rows cannot be moved.
     """
     if id(source) in vocabulary.identical:
-        return terms
+        return terms or source.terms(name, operands)
     laid = vocabulary.maps[id(source)]
     width = math.prod(source.layout.tensors[source.names[name]].shape[1:])
     whole: dict[int, Json] = {}
