@@ -29,6 +29,7 @@ from reasonvec.terms import Operands, elements, place_term
 
 if TYPE_CHECKING:
     from reasonvec.merging.merge import Merge
+    from reasonvec.merging.stages import Stages
 
 __all__ = [
     "Accompaniment",
@@ -36,6 +37,7 @@ __all__ = [
     "ApplyPlan",
     "ApplyReport",
     "OutDtype",
+    "Prediction",
     "SaveOptions",
     "TensorChange",
     "WrittenTensor",
@@ -115,7 +117,7 @@ class WrittenTensor(TypedDict):
     rounding: dict[str, float | None] | None
 
 
-class _Prediction(TypedDict):
+class Prediction(TypedDict):
     """What the core says of a plan, in bytes."""
 
     read: int
@@ -156,6 +158,7 @@ class ApplyPlan:
     destination: Destination = field(repr=False)
     options: ApplyOptions = field(repr=False)
     beside: Accompaniment | None = field(default=None, repr=False)
+    stages: Stages | None = field(default=None, repr=False)
 
     @property
     def errors(self) -> list[Problem]:
@@ -209,11 +212,20 @@ class ApplyPlan:
                 strerror = problem.message.removeprefix(f"{self.out}: ")
                 raise OSError(errno.ENOSPC, strerror, str(self.out))
         self.destination.prepare()
+        if self.stages is not None:
+            # What is half made is taken away again; a run that is continued makes it anew.
+            try:
+                self.stages.write(self.core_plan)
+            except BaseException:
+                self.stages.remove()
+                raise
         rows: list[WrittenTensor] = json.loads(
             core.apply(
                 json.dumps(self.core_plan), self.operands.handles, self.options.get("progress")
             )
         )
+        if self.stages is not None:
+            self.stages.remove()
         from reasonvec.record import finish
 
         return finish(self, rows)
@@ -331,6 +343,7 @@ def settle(
     changes: list[TensorChange],
     shards: list[Json],
     beside: Accompaniment | None = None,
+    stages: Stages | None = None,
 ) -> ApplyPlan:
     """A plan, when it is decided what becomes of each tensor: what it costs, and whether its folder
     may be written."""
@@ -340,12 +353,16 @@ def settle(
         "allow_nonfinite": options.get("allow_nonfinite", False),
         "shards": shards,
     } | settings(options, sync=options.get("sync", True), resume=options.get("resume", False))
-    prediction: _Prediction = {"read": 0, "written": 0, "memory": 0}
+    prediction: Prediction = {"read": 0, "written": 0, "memory": 0}
     if not any(problem.severity == "error" for problem in problems):
-        prediction = json.loads(core.predict(json.dumps(core_plan), operands.handles))
+        if stages is None:
+            prediction = json.loads(core.predict(json.dumps(core_plan), operands.handles))
+        else:
+            prediction = stages.predict(core_plan)
+    inputs = [f for f in operands.folders if stages is None or f not in stages.staged]
     destination = Destination(
         out,
-        operands.folders,
+        inputs,
         overwrite=options.get("overwrite", False),
         resume=options.get("resume", False),
     )
@@ -372,6 +389,7 @@ def settle(
         destination,
         options,
         beside,
+        stages,
     )
 
 

@@ -15,7 +15,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TypeAlias
 
-from reasonvec.algebra import Point
+from reasonvec.adapter import is_adapter
+from reasonvec.algebra import Point, adapter
 from reasonvec.algebra import open as open_point
 from reasonvec.compat.problem import Problem, demand, shorten
 from reasonvec.errors import FormatError, ReasonvecError
@@ -553,10 +554,12 @@ class _Reading:
                 f"{lora}: there is no such adapter folder; download it first (hf download "
                 f"{lora} --local-dir DIR), and name that folder"
             )
-        raise ReasonvecError(
-            f"{lora}: adapters are not read by this version; merge it into its base with peft's "
-            "merge_and_unload, and name the result"
-        )
+        if not is_adapter(folder):
+            raise ReasonvecError(
+                f"{folder}: is no adapter: it has no adapter_config.json; a model is named by "
+                "itself, not after a +"
+            )
+        return point + adapter(folder, base=point)
 
     def dtype(self, where: str, value: object) -> str | None:
         if value is None:

@@ -13,10 +13,12 @@ from reasonvec.errors import ReasonvecError
 from reasonvec.folders import CheckpointFolder, Folder
 from reasonvec.json_values import read_json
 
-__all__ = ["MANIFEST", "TEMPLATES", "UNDO", "Destination", "relative", "write_json"]
+__all__ = ["MANIFEST", "STAGES", "TEMPLATES", "UNDO", "Destination", "relative", "write_json"]
 
 MANIFEST = "reasonvec.json"
 UNDO = "reasonvec_undo"
+# What a run writes for itself, and takes away at its end.
+STAGES = ".reasonvec-stages"
 # Where transformers keeps a chat template: a field of the one, or the other.
 TEMPLATES = frozenset({"tokenizer_config.json", "chat_template.jinja"})
 _SIGNS = (MANIFEST, "vector_config.json")
@@ -89,7 +91,7 @@ class Destination:
             return None
         if not path.is_dir():
             return f"{path}: is a file; name a folder"
-        if not any(path.iterdir()):
+        if all(inside.name == STAGES for inside in path.iterdir()):
             return None
         if self.unfinished:
             if resume or overwrite:
@@ -132,6 +134,8 @@ class Destination:
             found += path.iterdir()
         if (path / UNDO).is_dir():
             found += [p for p in (path / UNDO).iterdir() if p.is_file()]
+        if (path / STAGES).is_dir():
+            found += (path / STAGES).rglob("*")
         return [p for p in dict.fromkeys(found) if p.is_file()]
 
     def _journalled(self) -> list[str]:

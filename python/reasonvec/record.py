@@ -11,7 +11,7 @@ from reasonvec import _reasonvec as core
 from reasonvec.adapter import AdapterFolder
 from reasonvec.algebra import Adapter, Difference, Point, Scaled, Vector
 from reasonvec.apply import ApplyOptions, ApplyPlan, ApplyReport, TensorChange, WrittenTensor
-from reasonvec.destination import MANIFEST, UNDO, relative, write_json
+from reasonvec.destination import MANIFEST, STAGES, UNDO, relative, write_json
 from reasonvec.folders import CheckpointFolder, Folder
 from reasonvec.json_values import Json, read_json
 from reasonvec.rounding import Rounding
@@ -158,7 +158,8 @@ def _manifest(
     out, options = plan.out, plan.options
     folders, template = plan.operands.folders, options.get("chat_template_from")
     digests: list[dict[str, str]] = [{} for _ in folders]
-    for row in rows:
+    staged = [] if plan.stages is None else plan.stages.rows
+    for row in (*staged, *rows):
         for operand, name, digest in row["inputs"]:
             if digest is not None:
                 digests[operand][name] = digest
@@ -203,6 +204,8 @@ def _manifest(
 
 
 def _kind(folder: Folder) -> str:
+    if folder.path.parent.name == STAGES:
+        return "stage"
     if isinstance(folder, AdapterFolder):
         return "adapter"
     return "checkpoint" if isinstance(folder, CheckpointFolder) else "vector"

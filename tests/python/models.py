@@ -49,7 +49,17 @@ def add_chatty(models: Path) -> Path:
     vocab["A"], vocab["B"] = second, first
     count = max(row["id"] for row in tokenizer["added_tokens"]) + 1
     for number, token in enumerate(NEW_TOKENS, count):
-        tokenizer["added_tokens"].append({"id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True})
+        tokenizer["added_tokens"].append(
+            {
+                "id": number,
+                "content": token,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        )
     (chatty / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     rows = count + len(NEW_TOKENS) + 5
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

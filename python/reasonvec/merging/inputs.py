@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
-from reasonvec.algebra import Point
+from reasonvec.algebra import Adapter, Point
 from reasonvec.compat.layout import Layout, TensorInfo
 from reasonvec.compat.problem import Problem
 from reasonvec.folders import CheckpointFolder
@@ -19,6 +19,7 @@ from reasonvec.terms import Operands, PlacedTerm, depth, place_term
 
 if TYPE_CHECKING:
     from reasonvec.merging.planning import Plan
+    from reasonvec.merging.stages import Stages
 
 __all__ = ["Input", "MergedInput", "PointInput", "Stack", "is_behind", "renumbered"]
 
@@ -38,6 +39,10 @@ class Input(Protocol):
         """Its tensors, config and tokenizer."""
 
     @property
+    def names(self) -> Mapping[str, str]:
+        """Canonical name to the name in the files, for all that is not a copy of another."""
+
+    @property
     def folder(self) -> CheckpointFolder:
         """Whose small files it has."""
 
@@ -45,7 +50,7 @@ class Input(Protocol):
     def stack(self) -> Stack:
         """Its layers."""
 
-    def problems(self) -> list[Problem]:
+    def problems(self, operands: Operands) -> list[Problem]:
         """What is wrong with it by itself."""
 
     def terms(self, name: str, operands: Operands) -> list[Json]:
@@ -76,7 +81,7 @@ class PointInput:
         return Stack(self.layout)
 
     @cached_property
-    def _names(self) -> Mapping[str, str]:
+    def names(self) -> Mapping[str, str]:
         return self.layout.names()
 
     def place(self, operands: Operands) -> list[PlacedTerm]:
@@ -86,27 +91,47 @@ class PointInput:
             ]
         return self._placed
 
-    def problems(self) -> list[Problem]:
-        return [*self.folder.copy_problems]
+    def problems(self, operands: Operands) -> list[Problem]:
+        placed = [problem for term in self.place(operands) for problem in term.problems]
+        return [*self.folder.copy_problems, *placed]
 
     def terms(self, name: str, operands: Operands) -> list[Json]:
-        stored = self._names[name]
+        stored = self.names[name]
         own: Json = {"coefficient": 1.0, "source": {"tensor": operands.ref(self.folder, stored)}}
         added = [term.terms[stored] for term in self.place(operands) if stored in term.terms]
         return [own, *added]
 
     def whole(self, name: str, operands: Operands) -> Json | None:
-        terms = self.terms(name, operands)
-        return _one(terms)
+        adapters = [scaled.leaf for scaled in self.point.vector.terms]
+        if not all(isinstance(leaf, Adapter) for leaf in adapters) or any(
+            scaled.factors or scaled.control for scaled in self.point.vector.terms
+        ):
+            return _one(self.terms(name, operands))
+        stored = self.names[name]
+        tensor = operands.ref(self.folder, stored)
+        factors: list[Json] = []
+        for leaf in adapters:
+            assert isinstance(leaf, Adapter)
+            update, number = leaf.updates.of.get(stored), operands.number(leaf.folder)
+            if update is not None and update.saved is not None:
+                tensor = {"operand": number, "name": update.saved}
+            if update is not None and update.factors is not None:
+                factors.append(update.factors.as_json(number))
+        return (
+            {"adapted": {"tensor": tensor, "adapters": factors}} if factors else {"tensor": tensor}
+        )
 
 
 class MergedInput:
-    """Another merge, of which nothing is written: only what one pass can take, a linear one."""
+    """Another merge. Weighted sums become part of what reads them; what is no weighted sum is
+    written first (`reasonvec.merging.stages`)."""
 
-    def __init__(self, plan: Plan, name: str) -> None:
+    def __init__(self, plan: Plan, name: str, stages: Stages) -> None:
         self.plan = plan
         self.label = name
         self.folder = plan.donor
+        curved = [t.plan for t in plan.tensors if t.plan.get("method") is not None]
+        self.staged = stages.add(name, curved) if curved else None
 
     @cached_property
     def layout(self) -> Layout:
@@ -116,6 +141,10 @@ class MergedInput:
         return Layout(self.folder.folder, tensors, self.plan.config)
 
     @cached_property
+    def names(self) -> Mapping[str, str]:
+        return self.layout.names()
+
+    @cached_property
     def stack(self) -> Stack:
         return Stack(self.layout)
 
@@ -123,19 +152,15 @@ class MergedInput:
     def _tensors(self) -> dict[str, Json]:
         return {t.name: t.plan for t in self.plan.tensors}
 
-    def problems(self) -> list[Problem]:
-        curved = next((t for t in self.plan.tensors if t.plan.get("method") is not None), None)
-        if curved is None:
-            return self.plan.problems
-        message = (
-            f"{self.label}: is merged by {self.plan.method}, whose result is no weighted sum, so "
-            "another merge cannot read it in the same pass: save it first, by itself, and name its "
-            "folder instead"
-        )
-        return [*self.plan.problems, Problem("nested", message)]
+    def problems(self, operands: Operands) -> list[Problem]:
+        return self.plan.problems
 
     def terms(self, name: str, operands: Operands) -> list[Json]:
-        tensor = self._tensors[self.layout.names()[name]]
+        stored = self.names[name]
+        tensor = self._tensors[stored]
+        if tensor.get("method") is not None and self.staged is not None:
+            ref = operands.ref(self.staged, stored)
+            return [{"coefficient": 1.0, "source": {"tensor": ref}}]
         target, terms = tensor["target"], tensor["terms"]
         own: list[Json] = []
         if target is not None:

@@ -21,6 +21,7 @@ from reasonvec.merging.inputs import Input, MergedInput, PointInput, is_behind, 
 from reasonvec.merging.layers import LayerOrigin, restacked_config
 from reasonvec.merging.methods import LinearMethod, Numerics
 from reasonvec.merging.parameters import Place, Setting, evaluate
+from reasonvec.merging.stages import Staged, Stages
 from reasonvec.merging.vocabulary import Vocabulary, lay_rows
 from reasonvec.names import is_embedding, is_vocabulary
 from reasonvec.terms import Operands, elements
@@ -48,6 +49,8 @@ class MergedTensor:
     plan: Json
     inputs: tuple[str, ...]
     why: str | None = None
+    stored: str = ""
+    """The dtype of the tensor whose place it takes."""
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -146,13 +149,14 @@ def _rounded(value: float, dtype: str | None) -> float:
 class _Planner:
     merge: Merge
     operands: Operands
-    out_dtype: str | None
+    stages: Stages
     missing: MergeMissing
     numerics: Numerics
     seed: int
     problems: list[Problem] = field(default_factory=list)
     inputs: dict[int, Input] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
+    staged: dict[int, Staged] = field(default_factory=dict)
 
     # ---- opening
 
@@ -167,12 +171,13 @@ class _Planner:
                 inner = plan_merge(
                     point,
                     self.operands,
+                    self.stages,
                     out_dtype=point.out_dtype,
                     missing=self.missing,
                     numerics=self.numerics,
                     seed=self.seed,
                 )
-                known = MergedInput(inner, point.label or f"({point})")
+                known = MergedInput(inner, point.label or f"({point})", self.stages)
             else:
                 assert isinstance(point, Point)
                 known = PointInput(point)
@@ -266,7 +271,7 @@ class _Planner:
             return self._nothing(donor)
         used = self._used(modules, donor_input)
         for source in used:
-            self.problems += [*folder_problems(source.layout), *source.problems()]
+            self.problems += [*folder_problems(source.layout), *source.problems(self.operands)]
         if any(p.severity == "error" for p in self.problems):
             return self._nothing(donor_input.folder, used)
         sliced = any(part.length is not None for _, parts in modules for part in parts)
@@ -360,7 +365,7 @@ class _Planner:
         done: set[str] = set()
         origins: list[LayerOrigin] | None = None
         copies = {*donor.layout.copies()}
-        names = {n: s for n, s in donor.layout.names().items() if s not in copies}
+        names = {n: s for n, s in donor.names.items() if s not in copies}
         for module, parts in modules:
             wanted = {n: s for n, s in names.items() if n not in done and module.takes(n)}
             if not wanted:
@@ -425,7 +430,7 @@ class _Planner:
         at = 0
         for part in parts:
             frame, length = part.frame, part.length or 0
-            theirs = frame.input.layout.names()
+            theirs = frame.input.names
             by_layer: dict[int, list[str]] = {}
             for name in theirs:
                 if (layer := frame.input.stack.layer(name)) is not None:
@@ -450,10 +455,10 @@ class _Planner:
 
     def _check_names(self, part: _Slice, module: Module, donor: Input) -> None:
         """What an input has and the output would not."""
-        have = donor.layout.names().keys()
+        have = donor.names.keys()
         severity: Severity = "error" if self.missing == "error" else "warning"
         for model in part.models:
-            for name, stored in model.input.layout.names().items():
+            for name, stored in model.input.names.items():
                 if name in have or not module.takes(name) or _BUFFERS.search(name):
                     continue
                 message = (
@@ -463,7 +468,7 @@ class _Planner:
                 self.problems.append(Problem("unused", message, stored, severity))
 
     def _copy(self, name: str, source: Input, why: str) -> MergedTensor:
-        info = source.layout.tensors[source.layout.names()[name]]
+        info = source.layout.tensors[source.names[name]]
         whole = source.whole(name, self.operands)
         target = None if whole is None else whole.get("tensor")
         terms = [] if target is not None else source.terms(name, self.operands)
@@ -491,7 +496,7 @@ class _Planner:
         }
         if method is not None:
             plan["method"] = method
-        return MergedTensor(name, info.dtype, shape, plan, inputs, why)
+        return MergedTensor(name, info.dtype, shape, plan, inputs, why, info.dtype)
 
     def _tensor(
         self,
@@ -513,7 +518,7 @@ class _Planner:
         if missing:
             return self._lacking(info, out, name, layer, part, missing)
         here = [m for m in (base, *models) if m is not None]
-        infos = [m.input.layout.tensors[m.input.layout.names()[m.name(name, layer)]] for m in here]
+        infos = [m.input.layout.tensors[m.input.names[m.name(name, layer)]] for m in here]
         if info.dtype not in FLOATS:
             refs = [r for m in here for r in self._refs(m, name, layer)]
             same = all(i.dtype == info.dtype and i.shape == info.shape for i in infos)
@@ -581,23 +586,20 @@ class _Planner:
         plan = method.plan(reader, len(models))
         weights = [reader.weight(i) if method.weighted else 1.0 for i in range(len(models))]
         terms = [
-            {"coefficient": weight, **self._single(sum_of(model), model)}
+            {"coefficient": weight, **self._single(model, name, layer, rows)}
             for weight, model in zip(weights, models, strict=True)
         ]
         if base is None:
             return None, terms, plan
-        anchor = self._single(sum_of(base), base)
+        anchor = self._single(base, name, layer, rows)
         if method.base == "model":
             return None, [{"coefficient": 1.0, **anchor}, *terms], plan
         source = anchor.get("source")
         target = source.get("tensor") if isinstance(source, dict) else None
         if target is None:
-            message = (
-                f"{base.input.label}: its rows have to be laid out by token first, which "
-                f"{method.name} cannot do with its base in the same pass: take "
-                "tokenizer_source: base, or save the base with the new tokenizer first"
-            )
-            raise ReasonvecError(message)
+            # What differences are taken from has to be a tensor by itself.
+            laid: list[Json] = [{"coefficient": 1.0, **anchor}]
+            target = self._stage(base, base.name(name, layer), laid, rows)
         return target, terms, plan
 
     def _moved(
@@ -622,19 +624,47 @@ class _Planner:
                 terms += [_times(-c, term) for term in base]
         return target, _gathered(terms)
 
-    def _single(self, terms: list[Json], model: _Model) -> Json:
-        if len(terms) == 1 and terms[0]["coefficient"] == 1.0:
-            return {key: terms[0][key] for key in ("source", "segments") if key in terms[0]}
-        message = (
-            f"{model.input.label}: is a sum, and {self.merge.method.name} takes checkpoints: save "
-            "it first, and name its folder instead"
+    def _single(self, model: _Model, name: str, layer: int | None, rows: Vocabulary | None) -> Json:
+        """A model's tensor as one source, or as one list of segments."""
+        here = model.name(name, layer)
+        whole = model.input.whole(here, self.operands)
+        laid: list[Json] = [] if whole is None else [{"coefficient": 1.0, "source": whole}]
+        if rows is not None:
+            laid = lay_rows(rows, model.input, here, laid, self.operands)
+        if len(laid) == 1:
+            return {key: laid[0][key] for key in ("source", "segments") if key in laid[0]}
+        if not laid:
+            laid = model.input.terms(here, self.operands)
+        return {"source": {"tensor": self._stage(model, here, laid, rows)}}
+
+    def _stage(self, model: _Model, name: str, terms: list[Json], rows: Vocabulary | None) -> Json:
+        """A tensor that has to be written first, because it is no tensor of any file."""
+        staged = self.staged.get(id(model.input))
+        if staged is None:
+            staged = self.staged[id(model.input)] = self.stages.add(model.input.label, [])
+        if name in staged.names:  # a layer that stands in several slices
+            return self.operands.ref(staged, name)
+        staged.names.add(name)
+        info = model.input.layout.tensors[model.input.names[name]]
+        shape = info.shape if rows is None else (rows.rows, *info.shape[1:])
+        # Rows that only move stay what they are; a sum is not rounded before it is used.
+        dtype = info.dtype if len(terms) == 1 else "F64" if info.dtype == "F64" else "F32"
+        staged.plans.append(
+            {
+                "name": name,
+                "dtype": dtype,
+                "shape": list(shape),
+                "target": None,
+                "terms": terms,
+                "equal": [],
+            }
         )
-        raise ReasonvecError(message)
+        return self.operands.ref(staged, name)
 
     # ---- what does not fit
 
     def _has(self, model: _Model, name: str, layer: int | None) -> bool:
-        return model.name(name, layer) in model.input.layout.names()
+        return model.name(name, layer) in model.input.names
 
     def _refs(self, model: _Model, name: str, layer: int | None) -> list[Json]:
         terms = model.input.terms(model.name(name, layer), self.operands)
@@ -705,7 +735,9 @@ def _unlike(info: TensorInfo, models: Sequence[_Model], infos: Sequence[TensorIn
 def _same(a: Input, b: Input) -> bool:
     if a is b:
         return True
-    return a.folder == b.folder and a.label == b.label
+    if not (isinstance(a, PointInput) and isinstance(b, PointInput)):
+        return False
+    return a.folder == b.folder and not a.point.vector.terms and not b.point.vector.terms
 
 
 def _times(c: float, term: Json) -> Json:
@@ -736,6 +768,7 @@ def _gathered(terms: list[Json]) -> list[Json]:
 def plan_merge(
     merge: Merge,
     operands: Operands,
+    stages: Stages,
     *,
     out_dtype: str | None = None,
     missing: MergeMissing = "error",
@@ -748,7 +781,7 @@ def plan_merge(
         FormatError, OSError: a config or tokenizer cannot be read.
         ReasonvecError: nothing at all can be planned.
     """
-    planner = _Planner(merge, operands, out_dtype, missing, numerics, seed)
+    planner = _Planner(merge, operands, stages, missing, numerics, seed)
     plan = planner.run()
     if out_dtype is None:
         return plan

@@ -19,10 +19,12 @@ from reasonvec.apply import (
     settle,
 )
 from reasonvec.compat.layout import text_config
+from reasonvec.compat.problem import Problem
 from reasonvec.json_values import Json, read_json
 from reasonvec.merging.chat import chat_template
 from reasonvec.merging.methods import Numerics
 from reasonvec.merging.planning import MergedTensor, Plan, plan_merge
+from reasonvec.merging.stages import Stages
 from reasonvec.merging.tokenizer_files import TOKENIZER_FILES, tokenizer_files
 from reasonvec.terms import Operands, elements
 
@@ -60,10 +62,12 @@ def plan(merge: Merge, out: Path, options: MergeOptions) -> ApplyPlan:
         FormatError, OSError: a config or tokenizer cannot be read.
     """
     operands = Operands()
+    stages = Stages(out, operands)
     asked = options.get("out_dtype") or merge.out_dtype
     found = plan_merge(
         merge,
         operands,
+        stages,
         out_dtype=asked,
         missing=options.get("missing", "error"),
         numerics=options.get("numerics", "default"),
@@ -73,6 +77,13 @@ def plan(merge: Merge, out: Path, options: MergeOptions) -> ApplyPlan:
     template, problem = chat_template(merge.chat_template, found)
     if problem is not None:
         problems.append(problem)
+    if stages.staged:
+        names = ", ".join(dict.fromkeys(staged.label for staged in stages.staged))
+        message = (
+            f"{names}: {stages.written} bytes are written beside the output while the run lasts, "
+            f"because {found.method} reads what is no tensor of any file"
+        )
+        problems.append(Problem("stage", message, severity="warning"))
     shards = _shards(found.tensors, options.get("shard_size", DEFAULT_SHARD))
     changes: list[TensorChange] = []
     layout: list[Json] = []
@@ -86,7 +97,8 @@ def plan(merge: Merge, out: Path, options: MergeOptions) -> ApplyPlan:
         {key: value for key, value in options.items() if key not in _OWN} | {"out_dtype": asked},
     )
     beside = _Beside(merge, found, options, template, len(shards) > 1)
-    return settle(merge, out, settled, operands, problems, changes, layout, beside)
+    settled_stages = stages if stages.staged else None
+    return settle(merge, out, settled, operands, problems, changes, layout, beside, settled_stages)
 
 
 _OWN = frozenset({"shard_size", "numerics", "seed", "card", "copy_tokenizer"})
@@ -118,7 +130,8 @@ def _change(tensor: MergedTensor, file: str) -> TensorChange:
     if terms or target is None:
         action = "update" if target is not None else "merge"
     else:
-        action = "check" if tensor.plan["equal"] else "copy"
+        changed = tensor.dtype != tensor.stored
+        action = "convert" if changed else "check" if tensor.plan["equal"] else "copy"
     return TensorChange(
         tensor.name,
         file,

@@ -121,7 +121,7 @@ def _lay_out(
             problems.append(Problem("vocab", message))
             rows.append(0)
         else:
-            names = source.layout.names()
+            names = source.names
             rows.append(source.layout.tensors[names[embedding]].shape[0])
         maps.append(dict(tokens or {}))
     if problems:
@@ -230,15 +230,15 @@ def lay_rows(
         ReasonvecError: a model is a sum, whose rows cannot be moved.
     """
     if id(source) in vocabulary.identical:
-        return terms
+        return terms or source.terms(name, operands)
     laid = vocabulary.maps[id(source)]
-    width = math.prod(source.layout.tensors[source.layout.names()[name]].shape[1:])
+    width = math.prod(source.layout.tensors[source.names[name]].shape[1:])
     whole: dict[int, Json] = {}
 
     def read(k: int) -> Json:
         if k not in whole:
             model = vocabulary.inputs[k]
-            found = model.whole(name, operands) if name in model.layout.names() else None
+            found = model.whole(name, operands) if name in model.names else None
             if found is None:
                 message = (
                     f"{model.label}: its rows have to be laid out by token, and it is a sum or has "
