@@ -176,9 +176,9 @@ class AdapterFolder:
     def copy_problems(
         self, base: Layout, handle: core.Checkpoint, updates: Updates
     ) -> list[Problem]:
-        """What only the numbers can tell. Tensors with factors of which the adapter holds a copy too
-        (PEFT stores embeddings so): as a vector the adapter is the factors, so the copy must be the
-        base's own. Biases without a place in the base must be zero."""
+        """What only the numbers can tell. Tensors with factors of which the adapter holds a copy as
+        well (PEFT stores embeddings so): as a vector the adapter is the factors, so the copy must
+        be the base's own. Biases without a place in the base must be zero."""
         problems = []
 
         def moved(name: str, shape: Sequence[int], source: Json) -> bool:

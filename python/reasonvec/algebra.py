@@ -228,8 +228,7 @@ class Vector:
             >>> {row.rank for row in report.compressed}
             {4}
         """
-        from reasonvec.lora import LoraOptions, LoraReport
-    from reasonvec.lowrank import compress
+            from reasonvec.lowrank import compress
 
         return compress(self, Path(path), options)
 
