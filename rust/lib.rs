@@ -9,6 +9,7 @@
 //! | 2 | [`store`] | bytes on disk: maps, headers, checkpoints, writers, journals, digests |
 //! | 3 | [`stream`] | one pass over a fixed grid inside a fixed budget |
 //! | 4 | [`operand`], [`product`] | what can stand in an expression: a tensor, a difference, a stored vector, a product of factors, a control |
+//! | 4 | [`linalg`] | matrices that are read and never held: leading and trailing singular triplets |
 //! | 5 | [`vector`], [`plan`], [`merge`], [`inspect`] | the subject |
 //! | 6 | `python` | the door |
 
@@ -16,6 +17,7 @@ pub mod bf16;
 pub mod dtype;
 pub mod error;
 pub mod inspect;
+pub mod linalg;
 pub mod merge;
 pub mod operand;
 pub mod philox;

@@ -228,7 +228,7 @@ class Vector:
             >>> {row.rank for row in report.compressed}
             {4}
         """
-            from reasonvec.lowrank import compress
+        from reasonvec.lowrank import compress
 
         return compress(self, Path(path), options)
 

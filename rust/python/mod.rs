@@ -26,7 +26,8 @@ mod _reasonvec {
     use crate::plan::{Operands, Settings, TermPlan};
     use crate::simd::Level;
     use crate::store::{Algorithm, FileMap, Pool, TensorView, journal, writer};
-    use crate::{Error, inspect, vector};
+    use crate::linalg::Triplets;
+    use crate::{Error, inspect, linalg, vector};
 
     /// The version of the compiled core.
     #[pyfunction]
@@ -132,6 +133,42 @@ mod _reasonvec {
         })?;
         let dtype = if double { Dtype::F64 } else { Dtype::F32 };
         Ok(Tensor::new(storage, 0, dtype, vec![stop - start]))
+    }
+
+    /// Singular triplets of one matrix of a plan: U `[m, r]`, S `[r]` (F64), V^T `[r, n]`, and the rest as JSON.
+    #[pyfunction]
+    #[pyo3(signature = (plan, operands: "Sequence[Checkpoint | VectorFolder]", progress: "Callable[[int, int], object] | None" = None))]
+    fn svd(
+        py: Python<'_>,
+        plan: &str,
+        operands: Vec<Py<PyAny>>,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<(Tensor, Tensor, Tensor, String)> {
+        let plan: linalg::plan::SvdPlan = parse(py, plan)?;
+        let operands = opened(py, &operands)?;
+        let (matrix, found) = enter(py, progress, |control| linalg::plan::svd(&plan, Operands(&operands), control))?;
+        let [rows, columns] = matrix.map(|d| d as u64);
+        let Triplets { rank, u, s, v, squares, residual, floor } = found;
+        let r = rank as u64;
+        let mut turned = vec![0.0f32; v.len()];
+        linalg::dense::transpose(&v, &mut turned, columns as usize, rank);
+        let rest = serde_json::json!({"rank": rank, "squares": squares, "residual": residual, "floor": floor});
+        Ok((
+            Tensor::new(Storage::Single(u), 0, Dtype::F32, vec![rows, r]),
+            Tensor::new(Storage::Double(s), 0, Dtype::F64, vec![r]),
+            Tensor::new(Storage::Single(turned), 0, Dtype::F32, vec![r, columns]),
+            report(py, &rest)?,
+        ))
+    }
+
+    /// Singular values of one matrix of a plan, its sum of squares and its noise floor, as JSON.
+    #[pyfunction]
+    #[pyo3(signature = (plan, operands: "Sequence[Checkpoint | VectorFolder]", progress: "Callable[[int, int], object] | None" = None))]
+    fn spectrum(py: Python<'_>, plan: &str, operands: Vec<Py<PyAny>>, progress: Option<Py<PyAny>>) -> PyResult<String> {
+        let plan: linalg::plan::SpectrumPlan = parse(py, plan)?;
+        let operands = opened(py, &operands)?;
+        let found = enter(py, progress, |control| linalg::plan::spectrum(&plan, Operands(&operands), control))?;
+        report(py, &found)
     }
 
     /// Exact counts of the elements that differ between two checkpoints.

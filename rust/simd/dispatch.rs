@@ -101,6 +101,15 @@ stamp!(
     normal [W: Work] (into: &mut [W], generator: Philox, from: u64, scale: f64)
 );
 
+stamp!(
+    /// [`kernel::multiply`] at a level.
+    multiply [W: Work] (into: &mut [W], a: &[W], b: &[W], strides: [usize; 3], rows: usize, depth: usize, columns: usize, tall: usize)
+);
+stamp!(
+    /// [`kernel::flip`] at a level.
+    flip [W: Work] (values: &mut [W], generator: Philox, from: u64)
+);
+
 /// The rounding report of at most MICRO elements, from the updates and what they changed. Not one body: compilers make better code of
 /// the four loops apart.
 pub fn rounding<W: Work>(level: Level, u: &[W], r: &[W]) -> Rounding {

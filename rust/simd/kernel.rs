@@ -341,6 +341,110 @@ pub fn agreement<W: Work>(a: &[W], b: &[W]) -> (u64, u64) {
     (u64::from(both), u64::from(agree))
 }
 
+/// Columns of a register tile of a product.
+const ACROSS: usize = 16;
+
+/// `into[i][..columns] += sum over k of a[i][k] * b[k][..columns]` for `rows` rows of `depth` elements. Rows of `into`, `a` and `b` are
+/// `strides` apart. Every element's products are added in the order of `k`, then to what was there: the same bits whatever `tall`,
+/// the rows of a register tile, is.
+#[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "a product of three matrices with strides has as many")]
+pub fn multiply<W: Work>(
+    into: &mut [W],
+    a: &[W],
+    b: &[W],
+    strides: [usize; 3],
+    rows: usize,
+    depth: usize,
+    columns: usize,
+    tall: usize,
+) {
+    if depth == 0 {
+        return;
+    }
+    let whole = columns - columns % ACROSS;
+    for j in (0..whole).step_by(ACROSS) {
+        let b = &b[j..];
+        let mut i = 0;
+        while i < rows {
+            let (into, a) = (&mut into[i * strides[0] + j..], &a[i * strides[1]..]);
+            i += match (rows - i).min(tall) {
+                12.. => product_12(into, a, b, strides, depth),
+                8..12 => product_8(into, a, b, strides, depth),
+                6..8 => product_6(into, a, b, strides, depth),
+                4..6 => product_4(into, a, b, strides, depth),
+                2..4 => product_2(into, a, b, strides, depth),
+                _ => product_1(into, a, b, strides, depth),
+            };
+        }
+    }
+    if whole < columns {
+        for i in 0..rows {
+            let mut sums = [W::ZERO; ACROSS];
+            let sums = &mut sums[..columns - whole];
+            for (k, &a) in a[i * strides[1]..i * strides[1] + depth].iter().enumerate() {
+                for (s, &b) in sums.iter_mut().zip(&b[k * strides[2] + whole..k * strides[2] + columns]) {
+                    *s = *s + a * b;
+                }
+            }
+            for (o, &s) in into[i * strides[0] + whole..i * strides[0] + columns].iter_mut().zip(&*sums) {
+                *o = *o + s;
+            }
+        }
+    }
+}
+
+/// A register tile of [`multiply`], with a name for every row: of arrays of rows compilers keep the sums in memory.
+macro_rules! product {
+    ($name:ident: $($row:ident $sum:ident $r:literal),*) => {
+        #[inline(always)]
+        fn $name<W: Work>(into: &mut [W], a: &[W], b: &[W], strides: [usize; 3], depth: usize) -> usize {
+            let [wide, deep, under] = strides;
+            $(let $row = &a[$r * deep..][..depth]; let mut $sum = [W::ZERO; ACROSS];)*
+            let b = &b[..(depth - 1) * under + ACROSS];
+            for k in 0..depth {
+                let b = &b[k * under..][..ACROSS];
+                $(
+                    let a = $row[k];
+                    for (s, &b) in $sum.iter_mut().zip(b) {
+                        *s = *s + a * b;
+                    }
+                )*
+            }
+            $(
+                for (o, &s) in into[$r * wide..][..ACROSS].iter_mut().zip(&$sum) {
+                    *o = *o + s;
+                }
+            )*
+            [$($r),*].len()
+        }
+    };
+}
+
+product!(product_1: a0 s0 0);
+product!(product_2: a0 s0 0, a1 s1 1);
+product!(product_4: a0 s0 0, a1 s1 1, a2 s2 2, a3 s3 3);
+product!(product_6: a0 s0 0, a1 s1 1, a2 s2 2, a3 s3 3, a4 s4 4, a5 s5 5);
+product!(product_8: a0 s0 0, a1 s1 1, a2 s2 2, a3 s3 3, a4 s4 4, a5 s5 5, a6 s6 6, a7 s7 7);
+product!(product_12: a0 s0 0, a1 s1 1, a2 s2 2, a3 s3 3, a4 s4 4, a5 s5 5, a6 s6 6, a7 s7 7, a8 s8 8, a9 s9 9, a10 s10 10, a11 s11 11);
+
+/// Turns the sign of every element whose bit of the generator is set: element `i` has bit `i % 32` of word `i / 32 % 4` at counter `i / 128`.
+#[inline(always)]
+pub fn flip<W: Work>(values: &mut [W], generator: crate::philox::Philox, from: u64) {
+    let mut at = from;
+    let mut rest = values;
+    while !rest.is_empty() {
+        let words = generator.words(at / 128);
+        let word = words[(at / 32 % 4) as usize] >> (at % 32);
+        let (now, later) = rest.split_at_mut(((32 - at % 32) as usize).min(rest.len()));
+        for (i, v) in now.iter_mut().enumerate() {
+            *v = if word >> i & 1 == 1 { -*v } else { *v };
+        }
+        at += now.len() as u64;
+        rest = later;
+    }
+}
+
 /// Normal deviates `from..from + into.len()` of a generator, times `scale`.
 #[inline(always)]
 pub fn normal<W: Work>(into: &mut [W], generator: crate::philox::Philox, from: u64, scale: f64) {

@@ -87,6 +87,17 @@ impl Level {
         }
     }
 
+    /// Rows of a register tile of a product, as many as leave no sum outside the registers.
+    pub fn tall(self) -> usize {
+        match self.0 {
+            Set::Portable => 4,
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2 => 6,
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 => 12,
+        }
+    }
+
     pub(super) fn set(self) -> Set {
         self.0
     }

@@ -1,0 +1,500 @@
+//! Leading singular triplets of a matrix on disk: randomised block Krylov iteration.
+//!
+//! One sweep over the panels of `A` makes `Y = A V` and `W = A^T Y` together, so a sweep does the work of two passes of the range finder of Halko, Martinsson
+//! and Tropp ("Finding structure with randomness", SIAM Review 2011), and four sweeps with blocks of `r / 2` vectors leave less than
+//! three power passes with blocks of `r + 8` (the Krylov space holds every polynomial that a power pass holds one of: Musco and Musco, "Randomized block
+//! Krylov methods", NeurIPS 2015).
+//!
+//! With orthonormal `V` of all blocks and `Y = A V`, the projection of `A` on the range of `Y` is found from the small matrices `V^T W = Y^T Y` and `W^T W`
+//! alone. They are squares, so singular values below [`CLEAR`] times the first are inexact in f32: where one of those is wanted, `Y` is made
+//! orthonormal and one more sweep takes `A^T Q`.
+
+use std::sync::{Mutex, PoisonError};
+
+use super::dense::{add_product, cholesky, cross, invert_triangle, orthonormalise, product, transpose};
+use super::eigen::{jacobi, symmetric};
+use super::panel::{self, Scratch};
+use super::{Matrix, Rank, Triplets, gram};
+use crate::philox::Philox;
+use crate::plan::Settings;
+use crate::simd::{Level, dispatch};
+use crate::stream::{BLOCK, Control, Grid, Turn, pass};
+use crate::{Error, Result};
+
+/// Sweeps of the Krylov iteration.
+const DEPTH: usize = 4;
+/// Vectors of a block are a multiple of this.
+const STEP: usize = 16;
+/// Elements that are multiplied before sums are joined.
+const RUN: usize = 256;
+/// Elements of a panel, about: it stays in the second-level cache between its two products.
+const PANEL: usize = 3 << 16;
+/// Sums over rows go in at most so many parts.
+const SEGMENTS: usize = 32;
+/// Singular values below this share of the first are not read off squares.
+const CLEAR: f64 = 0.02;
+
+/// Uses of a seed, apart from those of controls.
+const TEST: u64 = 16;
+const SIGNS: u64 = 17;
+const FRESH: u64 = 18;
+
+/// How a matrix is cut into panels, by its shape alone.
+pub(super) struct Cut {
+    /// Rows of a panel.
+    pub(super) height: usize,
+    /// Panels of a segment.
+    per_segment: usize,
+    /// Segments.
+    segments: usize,
+}
+
+impl Cut {
+    pub(super) fn new(matrix: &Matrix<'_>) -> Self {
+        let height = (PANEL / matrix.columns / 12).clamp(2, 20) * 12;
+        let panels = matrix.rows.div_ceil(height);
+        let per_segment = panels.div_ceil(SEGMENTS);
+        Self { height, per_segment, segments: panels.div_ceil(per_segment) }
+    }
+}
+
+/// A matrix, how to go over it, and whether with random signs.
+pub(super) struct Sweep<'a> {
+    pub(super) matrix: &'a Matrix<'a>,
+    pub(super) level: Level,
+    pub(super) settings: &'a Settings,
+    pub(super) control: &'a Control,
+    signs: Option<Philox>,
+}
+
+/// What a worker of a sweep holds.
+struct Worker {
+    scratch: (Scratch<f32>, Scratch<f64>),
+    panel: Vec<f32>,
+    left: Vec<f32>,
+    sums: Vec<f32>,
+}
+
+impl<'a> Sweep<'a> {
+    pub(super) fn new(matrix: &'a Matrix<'a>, settings: &'a Settings, control: &'a Control) -> Result<Self> {
+        Ok(Self { matrix, level: Level::current()?, settings, control, signs: None })
+    }
+
+    /// Threads for work in memory.
+    fn threads(&self) -> usize {
+        self.settings.threads()
+    }
+
+    /// `y = A v` (not if `v` is empty: then `y` is taken as given) and `A^T y`, `b` vectors each, and the sum of squares of `A`. `v` is `columns x b`, `y`
+    /// is `rows x b`, the result `b x columns`.
+    fn products(&self, v: &[f32], y: &mut [f32], b: usize) -> Result<(Vec<f64>, f64)> {
+        let Matrix { rows, columns: n, .. } = *self.matrix;
+        let cut = Cut::new(self.matrix);
+        let level = self.level;
+        let held = 4 * (n * (cut.height + b) + 2 * cut.height * b) as u64;
+        let threads = self.threads().min((self.settings.memory_budget / held).max(1) as usize);
+        let parts: Vec<Mutex<&mut [f32]>> = y.chunks_mut(cut.per_segment * cut.height * b).map(Mutex::new).collect();
+        let total = Mutex::new((vec![0.0f64; b * n], 0.0f64));
+        let turn = Turn::default();
+        self.control.expect(self.matrix.bytes());
+        let share = self.matrix.bytes() / cut.segments as u64;
+        let segment = |worker: &mut Worker, number: usize| -> Result<()> {
+            let mut y = parts[number].lock().unwrap_or_else(PoisonError::into_inner);
+            worker.sums.clear();
+            worker.sums.resize(b * n, 0.0);
+            let mut squares = 0.0;
+            let first = number * cut.per_segment * cut.height;
+            for (i, y) in y.chunks_mut(cut.height * b).enumerate() {
+                let top = first + i * cut.height;
+                let height = y.len() / b;
+                let p = &mut worker.panel[..height * n];
+                squares += panel::read_single(self.matrix, level, top..top + height, &mut worker.scratch, p)?;
+                if let Some(signs) = self.signs {
+                    panel::flip(self.matrix, level, signs, top..top + height, p);
+                }
+                if !v.is_empty() {
+                    y.fill(0.0);
+                    for k in (0..n).step_by(RUN) {
+                        let depth = RUN.min(n - k);
+                        dispatch::multiply(level, y, &p[k..], &v[k * b..], [b, n, b], height, depth, b, level.tall());
+                    }
+                }
+                let left = &mut worker.left[..height * b];
+                transpose(y, left, height, b);
+                dispatch::multiply(level, &mut worker.sums, left, p, [n, height, n], b, height, n, level.tall());
+            }
+            turn.take(number, self.control, || {
+                let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
+                total.0.iter_mut().zip(&worker.sums).for_each(|(t, &s)| *t += f64::from(s));
+                total.1 += squares;
+                Ok(())
+            })?;
+            self.control.advance(share);
+            Ok(())
+        };
+        pass::run(
+            &Grid::new(vec![cut.segments as u64 * BLOCK], 1),
+            threads,
+            self.control,
+            || Worker {
+                scratch: Default::default(),
+                panel: vec![0.0; cut.height * n],
+                left: vec![0.0; cut.height * b],
+                sums: Vec::new(),
+            },
+            |_| {},
+            |worker, number, _| segment(worker, number).inspect_err(|_| turn.give_up()),
+        )?;
+        debug_assert_eq!(parts.len(), cut.segments);
+        debug_assert!(rows > 0);
+        drop(parts);
+        Ok(total.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The Krylov space of random blocks of `b` vectors, and what the matrix makes of it.
+    fn space(&self, seed: u64, b: usize) -> Result<Space> {
+        let Matrix { rows, columns: n, name, .. } = *self.matrix;
+        let (level, threads) = (self.level, self.threads());
+        let fresh = Philox::new(seed, name, FRESH);
+        let mut block = vec![0.0f64; n * b];
+        dispatch::normal(level, &mut block, Philox::new(seed, name, TEST), 0, 1.0);
+        let mut space = Space { v: vec![], w: vec![], y: vec![], b, squares: 0.0 };
+        for i in 0..DEPTH {
+            orthonormalise(level, threads, &mut block, b, &space.v, fresh);
+            let single: Vec<f32> = block.iter().map(|&x| x as f32).collect();
+            let mut y = vec![0.0f32; rows * b];
+            let (w, squares) = self.products(&single, &mut y, b)?;
+            // What was multiplied is the rounded block.
+            space.v.push(single.iter().map(|&x| f64::from(x)).collect());
+            space.y.push(y);
+            space.squares = squares;
+            let mut turned = vec![0.0; n * b];
+            transpose(&w, &mut turned, b, n);
+            block = if i + 1 < DEPTH { turned.clone() } else { vec![] };
+            space.w.push(turned);
+        }
+        Ok(space)
+    }
+}
+
+/// A space of right vectors `v`, with `y = A v` and `w = A^T y`, in blocks of `b`.
+struct Space {
+    v: Vec<Vec<f64>>,
+    w: Vec<Vec<f64>>,
+    y: Vec<Vec<f32>>,
+    b: usize,
+    squares: f64,
+}
+
+impl Space {
+    fn dimensions(&self) -> usize {
+        self.b * self.v.len()
+    }
+
+    /// `left^T right` of all blocks.
+    fn small(&self, level: Level, threads: usize, left: &[Vec<f64>], right: &[Vec<f64>]) -> Vec<f64> {
+        let (b, k) = (self.b, self.dimensions());
+        let mut out = vec![0.0; k * k];
+        for (i, l) in left.iter().enumerate() {
+            for (j, r) in right.iter().enumerate().skip(i) {
+                let c = cross(level, threads, l, b, r, b);
+                for x in 0..b {
+                    for y in 0..b {
+                        out[(i * b + x) * k + j * b + y] = c[x * b + y];
+                        out[(j * b + y) * k + i * b + x] = c[x * b + y];
+                    }
+                }
+            }
+        }
+        out
+    }
+
+    /// Singular values of the projection, and the combinations `x` (`k x kept`, column by column) for which `y x` are the left vectors.
+    fn ritz(&self, level: Level, threads: usize) -> (Vec<f64>, Vec<f64>) {
+        let k = self.dimensions();
+        let h = self.small(level, threads, &self.v, &self.w);
+        let m = self.small(level, threads, &self.w, &self.w);
+        let (values, vectors) = symmetric(&h, k);
+        let kept = values.iter().take_while(|&&d| d > 1e-7 * values[0] && d > 0.0).count();
+        let mut z = vec![0.0; k * kept];
+        for i in 0..kept {
+            for j in 0..k {
+                z[j * kept + i] = vectors[i * k + j] / values[i].sqrt();
+            }
+        }
+        let mut turned = vec![0.0; k * kept];
+        transpose(&z, &mut turned, k, kept);
+        let c = product(level, &turned, &product(level, &m, &z, k, k, kept), kept, k, kept);
+        let (squares, rotations) = symmetric(&c, kept);
+        let mut q = vec![0.0; kept * kept];
+        transpose(&rotations, &mut q, kept, kept);
+        (squares.iter().map(|s| s.max(0.0).sqrt()).collect(), product(level, &z, &q, k, kept, kept))
+    }
+}
+
+/// The leading singular triplets of a matrix.
+///
+/// The same for any thread count, budget and SIMD level; random numbers are keyed by `seed` and the tensor's name.
+///
+/// # Errors
+/// [`Error::NonFinite`], [`Error::Io`], [`Error::Cancelled`]; [`Error::Usage`] for a share outside 0 to 1.
+pub fn top(matrix: &Matrix<'_>, rank: Rank, seed: u64, settings: &Settings, control: &Control) -> Result<Triplets> {
+    let small = matrix.small();
+    if let Rank::Energy(share) | Rank::Error(share) = rank
+        && !(0.0..=1.0).contains(&share)
+    {
+        return Err(Error::Usage(format!("a share is between 0 and 1, not {share}")));
+    }
+    let floor = match rank {
+        Rank::Noise => Some(floor(matrix, seed, settings, control)?),
+        _ => None,
+    };
+    let sweep = Sweep::new(matrix, settings, control)?;
+    let mut b = match rank {
+        Rank::Fixed(r) => r.min(small).div_ceil(2).next_multiple_of(STEP),
+        _ => STEP,
+    };
+    loop {
+        if 2 * b * DEPTH > small {
+            let mut all = gram::decompose(matrix, settings, control)?;
+            let r = choose(rank, &all.s, all.squares, floor).unwrap_or(all.s.len());
+            cut(&mut all, matrix, r);
+            return Ok(Triplets { floor, ..all });
+        }
+        let space = sweep.space(seed, b)?;
+        let (values, x) = space.ritz(sweep.level, sweep.threads());
+        let chosen = choose(rank, &values, space.squares, floor);
+        // Half of the space at most: the rest is what makes that half exact.
+        let enough = matches!(rank, Rank::Fixed(_)) || chosen.is_some_and(|r| 2 * r <= space.dimensions());
+        let Some(r) = chosen.filter(|_| enough).map(|r| r.min(small)) else {
+            b *= 2;
+            continue;
+        };
+        let clear = r <= values.len() && (r == 0 || values[r - 1] > CLEAR * values[0]);
+        let triplets = if clear || space.squares == 0.0 {
+            space.triplets(&sweep, &values, &x, r)
+        } else {
+            space.refined(&sweep, r, seed)?
+        };
+        return Ok(Triplets { floor, ..triplets });
+    }
+}
+
+/// How many values a rule takes; nothing if there are not enough of them to say.
+fn choose(rank: Rank, values: &[f64], squares: f64, floor: Option<f64>) -> Option<usize> {
+    let holding = |share: f64| {
+        let mut sum = 0.0;
+        if share * squares <= 0.0 {
+            return Some(0);
+        }
+        values.iter().position(|s| {
+            sum += s * s;
+            sum >= share * squares
+        }).map(|i| i + 1)
+    };
+    match rank {
+        Rank::Fixed(r) => Some(r),
+        Rank::Energy(share) => holding(share),
+        Rank::Error(share) => holding(1.0 - share * share),
+        Rank::Noise => Some(values.iter().filter(|&&s| s > floor.unwrap_or(0.0)).count()),
+    }
+}
+
+/// Keeps the first `r`.
+pub(super) fn cut(all: &mut Triplets, matrix: &Matrix<'_>, r: usize) {
+    let r = r.min(all.rank);
+    let keep = |values: &[f32], rows: usize| {
+        let width = values.len() / rows;
+        values.chunks_exact(width.max(1)).flat_map(|row| row[..r].iter().copied()).collect()
+    };
+    all.u = keep(&all.u, matrix.rows);
+    all.v = keep(&all.v, matrix.columns);
+    all.s.truncate(r);
+    all.rank = r;
+    all.residual = residual(all.squares, &all.s);
+}
+
+/// What is left of a norm.
+pub(super) fn residual(squares: f64, s: &[f64]) -> f64 {
+    (squares - s.iter().map(|s| s * s).sum::<f64>()).max(0.0).sqrt()
+}
+
+/// The largest singular value of the matrix with random signs: what a matrix of entries of these sizes has without any structure.
+///
+/// # Errors
+/// As [`top`].
+pub fn floor(matrix: &Matrix<'_>, seed: u64, settings: &Settings, control: &Control) -> Result<f64> {
+    let mut sweep = Sweep::new(matrix, settings, control)?;
+    sweep.signs = Some(Philox::new(seed, matrix.name, SIGNS));
+    if 2 * STEP * DEPTH > matrix.small() {
+        return Ok(gram::spectrum_of(&sweep)?.0.first().copied().unwrap_or(0.0));
+    }
+    let space = sweep.space(seed, STEP)?;
+    Ok(space.ritz(sweep.level, sweep.threads()).0.first().copied().unwrap_or(0.0))
+}
+
+impl Sweep<'_> {
+    /// The signs, for whoever reads the matrix another way.
+    pub(super) fn signs(&self) -> Option<Philox> {
+        self.signs
+    }
+}
+
+impl Space {
+    /// The first `r` triplets from the combinations of [`Space::ritz`].
+    fn triplets(&self, sweep: &Sweep<'_>, values: &[f64], x: &[f64], r: usize) -> Triplets {
+        let (level, threads) = (sweep.level, sweep.threads());
+        let Matrix { rows, columns, .. } = *sweep.matrix;
+        let kept = values.len();
+        let r = r.min(kept);
+        let mut u = vec![0.0; rows * r];
+        let mut v = vec![0.0; columns * r];
+        for (i, (y, w)) in self.y.iter().zip(&self.w).enumerate() {
+            let part: Vec<f64> =
+                (0..self.b).flat_map(|j| x[(i * self.b + j) * kept..][..r].iter().copied()).collect();
+            add_product(level, threads, &mut u, y, self.b, &part, r);
+            add_product(level, threads, &mut v, w, self.b, &part, r);
+        }
+        // `v` is A^T u: the singular values are in it.
+        finish(level, threads, u, v, r, self.squares)
+    }
+
+    /// The first `r` triplets, with one more sweep: `Y` is made orthonormal, and the projection is taken of the matrix itself.
+    fn refined(&self, sweep: &Sweep<'_>, r: usize, seed: u64) -> Result<Triplets> {
+        let (level, threads, b) = (sweep.level, sweep.threads(), self.b);
+        let Matrix { rows, columns, name, .. } = *sweep.matrix;
+        let fresh = Philox::new(seed, name, FRESH + 1);
+        let mut q: Vec<Vec<f64>> = Vec::with_capacity(self.y.len());
+        for y in &self.y {
+            let mut block: Vec<f64> = y.iter().map(|&x| f64::from(x)).collect();
+            orthonormalise(level, threads, &mut block, b, &q, fresh);
+            q.push(block);
+        }
+        let k = self.dimensions();
+        let mut single = vec![0.0f32; rows * k];
+        for (i, block) in q.iter().enumerate() {
+            for (into, from) in single.chunks_exact_mut(k).zip(block.chunks_exact(b)) {
+                into[i * b..(i + 1) * b].iter_mut().zip(from).for_each(|(o, &x)| *o = x as f32);
+            }
+        }
+        drop(q);
+        let (w, squares) = sweep.products(&[], &mut single, k)?;
+        let mut turned = vec![0.0; columns * k];
+        transpose(&w, &mut turned, k, columns);
+        let (_, vectors) = symmetric(&cross(level, threads, &turned, k, &turned, k), k);
+        let r = r.min(k);
+        let mut x = vec![0.0; k * r];
+        transpose(&vectors[..k * r], &mut x, r, k);
+        let (mut u, mut v) = (vec![0.0; rows * r], vec![0.0; columns * r]);
+        add_product(level, threads, &mut u, &single, k, &x, r);
+        add_product(level, threads, &mut v, &turned, k, &x, r);
+        Ok(finish(level, threads, u, v, r, squares))
+    }
+}
+
+/// The thin SVD of `u v^T`, whose factors have `k` columns.
+pub(super) fn finish(level: Level, threads: usize, u: Vec<f64>, v: Vec<f64>, k: usize, squares: f64) -> Triplets {
+    if k == 0 {
+        return Triplets { squares, residual: squares.max(0.0).sqrt(), ..Triplets::default() };
+    }
+    let (u, left) = factor(level, threads, u, k);
+    let (v, right) = factor(level, threads, v, k);
+    let mut turned = vec![0.0; k * k];
+    transpose(&right, &mut turned, k, k);
+    let (s, a, b) = jacobi(&product(level, &left, &turned, k, k, k), k);
+    let turn = |q: &[f64], by: &[f64]| {
+        let mut out = vec![0.0; q.len()];
+        add_product(level, threads, &mut out, q, k, by, k);
+        out
+    };
+    let (mut u, mut v) = (turn(&u, &a), turn(&v, &b));
+    // Columns of `a` that belong to zeros are zero: any direction will do there, none is needed.
+    for j in 0..k {
+        let largest = (0..v.len() / k).map(|i| v[i * k + j]).fold(0.0f64, |m, x| if x.abs() > m.abs() { x } else { m });
+        if largest < 0.0 {
+            u.iter_mut().skip(j).step_by(k).for_each(|x| *x = -*x);
+            v.iter_mut().skip(j).step_by(k).for_each(|x| *x = -*x);
+        }
+    }
+    let single = |x: Vec<f64>| x.into_iter().map(|x| x as f32).collect();
+    Triplets { rank: k, u: single(u), v: single(v), residual: residual(squares, &s), s, squares, floor: None }
+}
+
+/// `a = q r` with orthonormal `q`.
+fn factor(level: Level, threads: usize, a: Vec<f64>, k: usize) -> (Vec<f64>, Vec<f64>) {
+    let times = |q: &[f64], c: &[f64]| {
+        let mut out = vec![0.0; q.len()];
+        add_product(level, threads, &mut out, q, k, c, k);
+        out
+    };
+    let once = |a: &[f64]| {
+        let r = cholesky(&cross(level, threads, a, k, a, k), k, 1e-13)?;
+        Some((times(a, &invert_triangle(&r, k)), r))
+    };
+    if let Some((q, r)) = once(&a)
+        && let Some((q, second)) = once(&q)
+    {
+        return (q, product(level, &second, &r, k, k, k));
+    }
+    let mut q = a.clone();
+    orthonormalise(level, threads, &mut q, k, &[], Philox::new(0, "", FRESH));
+    let r = cross(level, threads, &q, k, &a, k);
+    (q, r)
+}
+
+/// The thin SVD of `u v^T` for tall `u` (`rows x k`) and `v` (`columns x k`): what a sum of low-rank matrices is, its factors side by side.
+///
+/// # Errors
+/// [`Error::Usage`] for [`Rank::Noise`], which needs the elements.
+pub fn recompress(u: &[f32], v: &[f32], rows: usize, columns: usize, k: usize, rank: Rank) -> Result<Triplets> {
+    if rank == Rank::Noise {
+        return Err(Error::Usage("the noise floor is found from a matrix's elements, not from its factors; name a rank or a share".into()));
+    }
+    if u.len() != rows * k || v.len() != columns * k {
+        return Err(Error::Usage(format!("factors of {} and {} elements are not {rows} x {k} and {columns} x {k}", u.len(), v.len())));
+    }
+    let double = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+    let small = k.min(rows).min(columns);
+    let mut all = if k > rows.min(columns) {
+        // More columns than there are directions: the product itself is the smaller problem.
+        let mut turned = vec![0.0; columns * k];
+        transpose(v, &mut turned, columns, k);
+        return wide(&double(u), &turned, rows, columns, k, rank);
+    } else {
+        finish(Level::current()?, 1, double(u), double(v), k, 0.0)
+    };
+    all.squares = all.s.iter().map(|s| s * s).sum();
+    let r = choose(rank, &all.s, all.squares, None).unwrap_or(small).min(small);
+    keep(&mut all, rows, columns, r);
+    Ok(all)
+}
+
+fn keep(all: &mut Triplets, rows: usize, columns: usize, r: usize) {
+    let matrix = Matrix { name: "", rows, columns, start: 0, elements: (rows * columns) as u64, terms: &[] };
+    cut(all, &matrix, r);
+}
+
+/// [`recompress`] for factors with more columns than a side has: QR of nothing, but the small side's eigenproblem.
+fn wide(u: &[f64], turned: &[f64], rows: usize, columns: usize, k: usize, rank: Rank) -> Result<Triplets> {
+    let level = Level::current()?;
+    let a = product(level, u, turned, rows, k, columns);
+    let small = rows.min(columns);
+    let (tall, count) = if rows >= columns {
+        (a, rows)
+    } else {
+        let mut t = vec![0.0; a.len()];
+        transpose(&a, &mut t, rows, columns);
+        (t, columns)
+    };
+    let mut identity = vec![0.0; small * small];
+    (0..small).for_each(|i| identity[i * small + i] = 1.0);
+    let mut all = finish(level, 1, tall, identity, small, 0.0);
+    if rows < columns {
+        std::mem::swap(&mut all.u, &mut all.v);
+    }
+    debug_assert_eq!(all.v.len() + all.u.len(), (count + small) * small);
+    all.squares = all.s.iter().map(|s| s * s).sum();
+    let r = choose(rank, &all.s, all.squares, None).unwrap_or(small).min(small);
+    keep(&mut all, rows, columns, r);
+    Ok(all)
+}
