@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from reasonvec import _reasonvec as core
 from reasonvec.adapter import ADAPTER_CONFIG, ADAPTER_MODEL
@@ -152,7 +151,8 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
                 continue
             ranks[module] = found.rank
             root = np.sqrt(found.s)
-            b, a = _single(found.u * root), _single(root[:, None] * found.v)
+            b = (found.u * root).astype(np.float32)
+            a = (root[:, None] * found.v).astype(np.float32)
             if flipped:
                 b, a = a.T, b.T
             file.add(f"{_PREFIX}{module}.lora_A.weight", a, "F32")
@@ -188,10 +188,6 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
 
 
 _PARTS = ("A.weight", "B.weight", "B.bias")
-
-
-def _single(values: NDArray[np.float64]) -> NDArray[np.float32]:
-    return values.astype(np.float32)
 
 
 def _norms(

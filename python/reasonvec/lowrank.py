@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
@@ -131,7 +132,7 @@ def compress(vector: Vector, out: Path, options: CompressOptions) -> CompressRep
     return CompressReport(report.path, report.recipe, report.rows)
 
 
-def from_lora(adapter: Vector, out: Path, options: ExtractOptions) -> CompressReport:
+def from_lora(adapter: Vector, out: Path, **options: Unpack[ExtractOptions]) -> CompressReport:
     """Write an adapter as a vector folder with its own factors, bit for bit.
 
     Raises:
