@@ -119,7 +119,10 @@ impl Product {
             ));
         }
         if shape != [left.rows, right.columns] {
-            return Err(format!("has the shape {shape:?}, the product of its factors [{}, {}]", left.rows, right.columns));
+            return Err(format!(
+                "has the shape {shape:?}, the product of its factors [{}, {}]",
+                left.rows, right.columns
+            ));
         }
         if left.rows.checked_mul(right.columns).and_then(|n| n.checked_mul(16)).is_none() {
             return Err(format!("the shape {shape:?} overflows"));
@@ -168,8 +171,11 @@ impl Product {
         let rank = self.left.columns;
         let rows = elements.start / n..elements.end.div_ceil(n).max(elements.start / n);
         // A tile inside one row needs no more columns than it has.
-        let columns =
-            if rows.end - rows.start == 1 { elements.start % n..elements.end - rows.start * n } else { 0..self.columns };
+        let columns = if rows.end - rows.start == 1 {
+            elements.start % n..elements.end - rows.start * n
+        } else {
+            0..self.columns
+        };
         let mut left: Vec<f64> = self.left.read(rows.clone(), 0..rank, pool)?;
         if !self.weights.is_empty() {
             for row in left.chunks_exact_mut(rank as usize) {
@@ -249,7 +255,14 @@ impl ProductReader {
                 stride: self.width,
                 scale: self.scale,
             };
-            dispatch::product::<P, W>(level, &mut acc[from..from + (rows * width) as usize], panel, width as usize, c, first);
+            dispatch::product::<P, W>(
+                level,
+                &mut acc[from..from + (rows * width) as usize],
+                panel,
+                width as usize,
+                c,
+                first,
+            );
             at += rows * width;
         }
     }

@@ -32,12 +32,13 @@ fn read(folder: &std::path::Path) -> Result<(), Error> {
     let pool = Pool::default();
     for row in &vector.rows {
         let stored = vector.tensor(&row.name)?;
-        // A zero can be as long as it likes; whatever else has as many elements as its file has room for.
+        // A zero can be as long as it likes; whatever else has as many elements as its file has room for, but for factors, whose product
+        // has the square of that: its first blocks stand for the rest.
         if stored.is_zero() {
             continue;
         }
         let term = Term::new(1.0, Source::Stored(stored));
-        for block in 0..row.elements.div_ceil(BLOCK) {
+        for block in 0..row.elements.div_ceil(BLOCK).min(4) {
             let range = block * BLOCK..((block + 1) * BLOCK).min(row.elements);
             let mut values = vec![0f64; (range.end - range.start) as usize];
             let mut reader = term.open::<f64>(range.clone(), &pool)?;

@@ -228,6 +228,19 @@ def predict(plan: str, operands: Sequence[Checkpoint | VectorFolder]) -> str:
     What an apply plan will read, write and hold, from headers alone.
     """
 
+def recompress(
+    u: bytes,
+    v: bytes,
+    rows: SupportsIndex,
+    columns: SupportsIndex,
+    k: SupportsIndex,
+    rank: str,
+) -> tuple[Tensor, Tensor, Tensor, str]:
+    """
+    Singular triplets, as `svd` gives them, of a product of thin factors: u is rows x k and v
+    columns x k, both F32 as bytes. `rank` is that of an svd plan, but for the noise floor.
+    """
+
 def simd_level() -> str:
     """
     The SIMD level in use: the best, or what REASONVEC_SIMD asks for.
@@ -236,6 +249,25 @@ def simd_level() -> str:
 def simd_levels() -> list[str]:
     """
     The SIMD levels of this processor, the best last.
+    """
+
+def spectrum(
+    plan: str,
+    operands: Sequence[Checkpoint | VectorFolder],
+    progress: Callable[[int, int], object] | None = None,
+) -> str:
+    """
+    Singular values of one matrix of a plan, its sum of squares and its noise floor, as JSON.
+    """
+
+def svd(
+    plan: str,
+    operands: Sequence[Checkpoint | VectorFolder],
+    progress: Callable[[int, int], object] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, str]:
+    """
+    Singular triplets of one matrix of a plan: U `[m, r]`, S `[r]` (F64), V^T `[r, n]`, and the
+    rest as JSON.
     """
 
 def values(

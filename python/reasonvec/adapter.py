@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -83,6 +83,9 @@ class Updates:
     """What an adapter does to a base: by the base's tensor names, and everything that stops it."""
 
     of: dict[str, Update] = field(default_factory=dict)
+    homeless: dict[str, str] = field(default_factory=dict)
+    """Biases of modules that have none in the base, by module: PEFT stores one for every module or
+    for none, so they must be zero."""
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -133,11 +136,15 @@ class AdapterFolder:
         names = _Names.of([*modules, *(module for module, _ in saved)], base)
         orientation = self._orientation(modules, names, problems)
         updates: dict[str, Update] = {}
+        homeless: dict[str, str] = {}
 
         def put(module: str, leaf: str, part: LowRank | str) -> None:
             name = names.stored(module, leaf)
             if name is None:
-                problems.append(self._missing(module, leaf, base))
+                if isinstance(part, LowRank) and part.a is None and names.stored(module, "weight"):
+                    homeless[module] = part.b
+                else:
+                    problems.append(self._missing(module, leaf, base))
                 return
             found = self._tie_problem(name, base), self._shape_problem(name, part, base)
             problems.extend(problem for problem in found if problem is not None)
@@ -164,26 +171,35 @@ class AdapterFolder:
                 put(module, "bias", LowRank(parts.bias, None, scale, 1))
         for (module, leaf), entry in saved.items():
             put(module, leaf, entry)
-        return Updates(updates, list(dict.fromkeys(problems)))
+        return Updates(updates, homeless, list(dict.fromkeys(problems)))
 
     def copy_problems(
         self, base: Layout, handle: core.Checkpoint, updates: Updates
     ) -> list[Problem]:
-        """Tensors with factors of which the adapter holds a copy too (PEFT stores embeddings so):
-        as a vector the adapter is the factors, so the copy must be the base's own. Reads both."""
+        """What only the numbers can tell. Tensors with factors of which the adapter holds a copy as
+        well (PEFT stores embeddings so): as a vector the adapter is the factors, so the copy must
+        be the base's own. Biases without a place in the base must be zero."""
         problems = []
+
+        def moved(name: str, shape: Sequence[int], source: Json) -> bool:
+            tensor: Json = {
+                "name": name,
+                "elements": math.prod(shape),
+                "quantities": [[{"coefficient": 1.0, "source": source}]],
+            }
+            plan = {"tensors": [tensor], "allow_nonfinite": True} | settings({})
+            found = json.loads(core.measure(json.dumps(plan), [self.handle, handle]))
+            return bool(found[0]["moved"][0])
+
+        for module, entry in updates.homeless.items():
+            source: Json = {"tensor": {"operand": 0, "name": entry}}
+            if moved(entry, self.tensors[entry].shape, source):
+                problems.append(self._missing(module, "bias", base))
         for name, update in updates.of.items():
             if update.saved is None or update.factors is None:
                 continue
             pair = [{"operand": 0, "name": update.saved}, {"operand": 1, "name": name}]
-            tensor: Json = {
-                "name": name,
-                "elements": math.prod(base.tensors[name].shape),
-                "quantities": [[{"coefficient": 1.0, "source": {"difference": pair}}]],
-            }
-            plan = {"tensors": [tensor], "allow_nonfinite": True} | settings({})
-            found = json.loads(core.measure(json.dumps(plan), [self.handle, handle]))
-            if found[0]["moved"][0]:
+            if moved(name, base.tensors[name].shape, {"difference": pair}):
                 message = (
                     f"was trained on top of another tensor than {base.path} has: name the base "
                     "that the factors were trained on; if the tensor itself was trained too, "

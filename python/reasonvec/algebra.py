@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from reasonvec.compare import Comparison
     from reasonvec.extract import ExtractOptions, ExtractReport
     from reasonvec.inspection import Inspection
+    from reasonvec.lora import LoraOptions, LoraReport
+    from reasonvec.lowrank import CompressOptions, CompressReport
     from reasonvec.run import RunOptions
 
 __all__ = [
@@ -213,6 +215,47 @@ class Vector:
         from reasonvec.extract import extract
 
         return extract(self, Path(path), options)
+
+    def compress(
+        self, path: str | PathLike[str], **options: Unpack[CompressOptions]
+    ) -> CompressReport:
+        """Write the vector as a folder with every matrix as the product of two thin ones; what has
+        no rank to cut (biases, norms, embeddings, head) is kept exactly.
+
+        Raises:
+            MismatchError: the parts do not fit together, or ``rank`` is no rank.
+            NonFiniteError: NaN or infinity in a donor.
+            OSError: a file cannot be read or written.
+
+        Examples:
+            >>> import reasonvec as rv
+            >>> reason = rv.open(family.rl) - rv.open(family.sft)
+            >>> report = reason.compress("small", rank=4, rescale=True)
+            >>> {row.rank for row in report.compressed}
+            {4}
+        """
+        from reasonvec.lowrank import compress
+
+        return compress(self, Path(path), options)
+
+    def to_lora(self, path: str | PathLike[str], **options: Unpack[LoraOptions]) -> LoraReport:
+        """Write the vector as a LoRA adapter that PEFT loads, and say what that leaves out.
+
+        Raises:
+            MismatchError: the parts do not fit together, or no matrix has a rank above zero.
+            NonFiniteError: NaN or infinity in a donor.
+            OSError: a file cannot be read or written.
+
+        Examples:
+            >>> import reasonvec as rv
+            >>> reason = rv.open(family.rl) - rv.open(family.sft)
+            >>> report = reason.to_lora("lora", rank=4)
+            >>> sorted({part.why for part in report.left_out})
+            ['its rows are tokens']
+        """
+        from reasonvec.lora import to_lora
+
+        return to_lora(self, Path(path), options)
 
     def inspect(self, **options: Unpack[RunOptions]) -> Inspection:
         """Norms, sparsity and largest changes, tensor by tensor."""

@@ -130,6 +130,8 @@ def _exactness(
     donors: Mapping[str, Mapping[str, object]],
 ) -> list[str]:
     heading = ["## Exactness", ""]
+    if any("residual" in row for row in rows):
+        return [*heading, *_compression(rows)]
     if not {"positive", "negative"} <= donors.keys():
         return [
             *heading,
@@ -165,6 +167,21 @@ def _exactness(
         f"**Not exact**: `negative + vector` misses the positive donor in {count(missed)} of "
         f"{count(elements)} elements. They are in "
         f"{', '.join(_code(name) for name in named[:_NAMED])}{more}.{corrected}",
+        "",
+    ]
+
+
+def _compression(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """What a low-rank vector left out, as it was measured."""
+    cut = [(at, row) for at, row in enumerate(rows) if "residual" in row]
+    left = math.sqrt(sum(_real(row, "residual", at) ** 2 for at, row in cut))
+    norm = math.sqrt(sum(_real(row, "norm", at) ** 2 for at, row in enumerate(rows)))
+    ranks = sorted(_whole(row, "rank", at) if "rank" in row else 0 for at, row in cut)
+    span = f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+    return [
+        f"Not exact, on request: {count(len(cut))} of {count(len(rows))} tensors are products of "
+        f"two thin matrices, of rank {span}. What that leaves out has the norm {magnitude(left)}; "
+        f"what is stored has {magnitude(norm)}. The other tensors are exact.",
         "",
     ]
 

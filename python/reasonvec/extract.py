@@ -58,6 +58,8 @@ class Row:
     inexact: int
     wide: int
     bytes: int
+    rank: int | None = None
+    residual: float | None = None
 
     @classmethod
     def of(cls, row: Mapping[str, object]) -> Row:
@@ -78,6 +80,8 @@ class Row:
             inexact=int(number("inexact")),
             wide=int(number("wide")),
             bytes=int(number("bytes")),
+            rank=int(number("rank")) if "rank" in row else None,
+            residual=number("residual") if "residual" in row else None,
         )
 
 
@@ -156,9 +160,13 @@ def write_vector(
     checked: bool = True,
     card: bool = True,
     destination: bool = True,
+    factors: tuple[Path, Mapping[str, list[str]]] | None = None,
+    config: Json | None = None,
 ) -> ExtractReport:
     """`extract`, for callers inside the package that know that the donors fit (``checked``), want
-    no README.md (``card``) or made the folder themselves (``destination``)."""
+    no README.md (``card``), made the folder themselves (``destination``), store factors in place
+    of some tensors (``factors``: a safetensors file, and the names of u, s and v in it, none for a
+    rank of zero), or have more to say in the manifest (``config``)."""
     if not vector.terms:
         message = "an empty vector (a point minus itself) has nothing to save"
         raise MismatchError(message)
@@ -170,6 +178,12 @@ def write_vector(
         Destination(out, operands.folders, overwrite=options.get("overwrite", False)).prepare()
     plain = len(vector.terms) == 1 and isinstance(vector.terms[0].leaf, Difference)
     tested = plain and all(_is_plain(term) for tensor in tensors.values() for term in tensor.terms)
+    tested = tested and factors is None
+    entries: dict[str, Json] = {}
+    if factors is not None:
+        parts = CheckpointFolder(factors[0])
+        for name, names in factors[1].items():
+            entries[name] = {"factors": [operands.ref(parts, entry) for entry in names]}
     folder = _config_folder(vector)
     plan: Json = {
         "out": str(out),
@@ -177,8 +191,9 @@ def write_vector(
         "encoding": options.get("encoding", "auto"),
         "shard_bytes": options.get("shard_bytes", 5_000_000_000),
         "allow_nonfinite": options.get("allow_nonfinite", False),
-        "tensors": [asdict(tensor) for tensor in tensors.values()],
+        "tensors": [asdict(t) | entries.get(t.name, {}) for t in tensors.values()],
         "config": {
+            **(config or {}),
             "recipe": str(vector),
             "tested": tested,
             "donors": _donors(vector, out),

@@ -117,9 +117,30 @@ class VectorFolder:
     def config(self) -> Json:
         return read_json(self.path / VECTOR_CONFIG)
 
+    @cached_property
+    def _files(self) -> list[core.Checkpoint]:
+        return [
+            core.Checkpoint(path) for path in sorted(self.path.glob("vector_model*.safetensors"))
+        ]
+
+    def part(self, entry: str) -> Tensor:
+        """One entry of the data files, without a copy."""
+        for file in self._files:
+            if any(name == entry for name, _, _, _ in file.tensors()):
+                return file.tensor(entry)
+        raise KeyError(entry)
+
     @property
     def rows(self) -> list[Json]:
         return objects_in(self.config, "tensors", self.path / VECTOR_CONFIG)
+
+    @cached_property
+    def _by_name(self) -> dict[str, Json]:
+        return {str(row["name"]): row for row in self.rows}
+
+    def row(self, name: str) -> Json:
+        """The manifest's row of a tensor."""
+        return self._by_name[name]
 
     @cached_property
     def layout(self) -> Layout:

@@ -22,11 +22,11 @@ mod _reasonvec {
     use super::enter::{enter, fail};
     use super::tensor::Storage;
     use crate::dtype::Dtype;
+    use crate::linalg::Triplets;
     use crate::merge;
     use crate::plan::{Operands, Settings, TermPlan};
     use crate::simd::Level;
     use crate::store::{Algorithm, FileMap, Pool, TensorView, journal, writer};
-    use crate::linalg::Triplets;
     use crate::{Error, inspect, linalg, vector};
 
     /// The version of the compiled core.
@@ -152,7 +152,8 @@ mod _reasonvec {
         enter(py, None, |_| inspect::corrections(&terms, name, elements, start..stop, Operands(&operands)))
     }
 
-    /// Singular triplets of one matrix of a plan: U `[m, r]`, S `[r]` (F64), V^T `[r, n]`, and the rest as JSON.
+    /// Singular triplets of one matrix of a plan: U `[m, r]`, S `[r]` (F64), V^T `[r, n]`, and the
+    /// rest as JSON.
     #[pyfunction]
     #[pyo3(signature = (plan, operands: "Sequence[Checkpoint | VectorFolder]", progress: "Callable[[int, int], object] | None" = None))]
     fn svd(
@@ -164,18 +165,28 @@ mod _reasonvec {
         let plan: linalg::plan::SvdPlan = parse(py, plan)?;
         let operands = opened(py, &operands)?;
         let (matrix, found) = enter(py, progress, |control| linalg::plan::svd(&plan, Operands(&operands), control))?;
-        let [rows, columns] = matrix.map(|d| d as u64);
-        let Triplets { rank, u, s, v, squares, residual, floor } = found;
-        let r = rank as u64;
-        let mut turned = vec![0.0f32; v.len()];
-        linalg::dense::transpose(&v, &mut turned, columns as usize, rank);
-        let rest = serde_json::json!({"rank": rank, "squares": squares, "residual": residual, "floor": floor});
-        Ok((
-            Tensor::new(Storage::Single(u), 0, Dtype::F32, vec![rows, r]),
-            Tensor::new(Storage::Double(s), 0, Dtype::F64, vec![r]),
-            Tensor::new(Storage::Single(turned), 0, Dtype::F32, vec![r, columns]),
-            report(py, &rest)?,
-        ))
+        triplets(py, matrix, found)
+    }
+
+    /// Singular triplets, as `svd` gives them, of a product of thin factors: u is rows x k and v
+    /// columns x k, both F32 as bytes. `rank` is that of an svd plan, but for the noise floor.
+    #[pyfunction]
+    #[pyo3(signature = (u, v, rows, columns, k, rank))]
+    fn recompress(
+        py: Python<'_>,
+        u: &[u8],
+        v: &[u8],
+        rows: usize,
+        columns: usize,
+        k: usize,
+        rank: &str,
+    ) -> PyResult<(Tensor, Tensor, Tensor, String)> {
+        let rank: linalg::Rank = parse(py, rank)?;
+        let floats =
+            |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect::<Vec<f32>>();
+        let (u, v) = (floats(u), floats(v));
+        let found = enter(py, None, |_| linalg::rsvd::recompress(&u, &v, rows, columns, k, rank))?;
+        triplets(py, [rows, columns], found)
     }
 
     /// Singular values of one matrix of a plan, its sum of squares and its noise floor, as JSON.
@@ -269,6 +280,21 @@ mod _reasonvec {
     #[pyfunction]
     fn journal_name() -> &'static str {
         journal::NAME
+    }
+
+    fn triplets(py: Python<'_>, matrix: [usize; 2], found: Triplets) -> PyResult<(Tensor, Tensor, Tensor, String)> {
+        let [rows, columns] = matrix.map(|d| d as u64);
+        let Triplets { rank, u, s, v, squares, residual, floor } = found;
+        let r = rank as u64;
+        let mut turned = vec![0.0f32; v.len()];
+        linalg::dense::transpose(&v, &mut turned, columns as usize, rank);
+        let rest = serde_json::json!({"rank": rank, "squares": squares, "residual": residual, "floor": floor});
+        Ok((
+            Tensor::new(Storage::Single(u), 0, Dtype::F32, vec![rows, r]),
+            Tensor::new(Storage::Double(s), 0, Dtype::F64, vec![r]),
+            Tensor::new(Storage::Single(turned), 0, Dtype::F32, vec![r, columns]),
+            report(py, &rest)?,
+        ))
     }
 
     fn parse_algorithm(py: Python<'_>, name: &str) -> PyResult<Algorithm> {

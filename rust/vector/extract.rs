@@ -385,7 +385,8 @@ impl<'a> Run<'a> {
     ) -> Result<()> {
         let level = self.level;
         let stored = factors.product.as_slice();
-        let mut readers = [open::<W>(stored, tile.elements.clone(), pool)?, open(&job.terms, tile.elements.clone(), pool)?];
+        let mut readers =
+            [open::<W>(stored, tile.elements.clone(), pool)?, open(&job.terms, tile.elements.clone(), pool)?];
         buffer.resize(2 * BLOCK as usize, W::ZERO);
         let mut bits = [0u8; MICRO / 8];
         for (_, block) in tile.blocks() {

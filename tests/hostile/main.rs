@@ -7,6 +7,7 @@
 mod common;
 mod headers;
 mod indexes;
+mod lowrank;
 mod vectors;
 
 use std::path::Path;

@@ -334,9 +334,10 @@ def fitted(folder: Path, base: Path) -> dict[str, Update]:
 
 
 def told(folder: Path, base: Path) -> str:
-    return "\n".join(
-        p.message for p in AdapterFolder(folder).fit(CheckpointFolder(base).layout).problems
-    )
+    adapter, point = AdapterFolder(folder), CheckpointFolder(base)
+    updates = adapter.fit(point.layout)
+    problems = updates.problems or adapter.copy_problems(point.layout, point.handle, updates)
+    return "\n".join(problem.message for problem in problems)
 
 
 def test_the_base_is_the_one_that_the_config_names(family: Family, tmp_path: Path) -> None:

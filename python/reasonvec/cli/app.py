@@ -18,6 +18,7 @@ from reasonvec.cli.console import (
     output_options,
     placing_options,
     progress,
+    ranking_options,
     run_options,
     running_options,
     selecting_options,
@@ -281,6 +282,146 @@ def apply(
 
 
 main.add_command(merge)
+
+
+@main.command()
+@click.argument("vectors", type=INPUT, metavar="[V]...", nargs=-1)
+@vector_sources
+@click.option("--out", "-o", type=INPUT, required=True, metavar="W", help="The new folder.")
+@ranking_options
+@click.option("--rescale", is_flag=True, help="Stretch every matrix to the norm that it had.")
+@selecting_options
+@_DIGEST
+@_OVERWRITE
+@_SYNC
+@running_options
+@output_options
+def compress(
+    vectors: Sequence[Path],
+    pairs: Pairs,
+    base: Path | None,
+    out: Path,
+    rank: int | Literal["auto"],
+    energy: float | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    digest: DigestName,
+    threads: int,
+    memory_budget: int,
+    *,
+    rescale: bool,
+    overwrite: bool,
+    sync: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write the sum of the vectors with every matrix as the product of two thin ones.
+
+    What has no rank to cut (biases, norms, embeddings, head) is kept exactly.
+    """
+    from reasonvec.cli.show import show_compress
+
+    with guarded(), progress("compressing", quiet=quiet or as_json) as tell:
+        vector = _where(_scaled(_each(vectors, pairs, base), []), include, exclude)
+        report = vector.compress(
+            out,
+            rank=rank if energy is None else energy,
+            rescale=rescale,
+            digest=digest,
+            overwrite=overwrite,
+            sync=sync,
+            **run_options(threads, memory_budget, tell),
+        )
+    emit(report.as_json, lambda: show_compress(report), as_json=as_json, quiet=quiet)
+
+
+@main.command("from-lora")
+@click.argument("folder", type=INPUT, metavar="DIR")
+@click.option("--base", type=INPUT, metavar="B", help="The checkpoint that it was trained on.")
+@click.option("--out", "-o", type=INPUT, required=True, metavar="V", help="The vector's folder.")
+@_DIGEST
+@_OVERWRITE
+@_SYNC
+@running_options
+@output_options
+def from_lora(
+    folder: Path,
+    base: Path | None,
+    out: Path,
+    digest: DigestName,
+    threads: int,
+    memory_budget: int,
+    *,
+    overwrite: bool,
+    sync: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write the LoRA adapter DIR as a vector, with its own factors."""
+    from reasonvec import adapter
+    from reasonvec.cli.show import show_compress
+    from reasonvec.lowrank import from_lora as run
+
+    with guarded(), progress("writing", quiet=quiet or as_json) as tell:
+        report = run(
+            adapter(folder, None if base is None else open_point(base)),
+            out,
+            digest=digest,
+            overwrite=overwrite,
+            sync=sync,
+            **run_options(threads, memory_budget, tell),
+        )
+    emit(report.as_json, lambda: show_compress(report), as_json=as_json, quiet=quiet)
+
+
+@main.command("to-lora")
+@click.argument("vectors", type=INPUT, metavar="[V]...", nargs=-1)
+@vector_sources
+@click.option("--out", "-o", type=INPUT, required=True, metavar="DIR", help="The adapter's folder.")
+@ranking_options
+@click.option(
+    "--base-model",
+    metavar="NAME",
+    help="The base that the adapter names, a folder or a hub repository.  [default: the negative "
+    "donor]",
+)
+@selecting_options
+@_OVERWRITE
+@_SYNC
+@running_options
+@output_options
+def to_lora(
+    vectors: Sequence[Path],
+    pairs: Pairs,
+    base: Path | None,
+    out: Path,
+    rank: int | Literal["auto"],
+    energy: float | None,
+    base_model: str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    threads: int,
+    memory_budget: int,
+    *,
+    overwrite: bool,
+    sync: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write the sum of the vectors as a LoRA adapter for PEFT, and say what it cannot carry."""
+    from reasonvec.cli.show import show_lora
+
+    with guarded(), progress("exporting", quiet=quiet or as_json) as tell:
+        vector = _where(_scaled(_each(vectors, pairs, base), []), include, exclude)
+        report = vector.to_lora(
+            out,
+            rank=rank if energy is None else energy,
+            base=base_model,
+            overwrite=overwrite,
+            sync=sync,
+            **run_options(threads, memory_budget, tell),
+        )
+    emit(report.as_json, lambda: show_lora(report), as_json=as_json, quiet=quiet)
 
 
 @main.command()

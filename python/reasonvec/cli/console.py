@@ -26,6 +26,7 @@ __all__ = [
     "output_options",
     "placing_options",
     "progress",
+    "ranking_options",
     "run_options",
     "running_options",
     "selecting_options",
@@ -37,6 +38,8 @@ _R = TypeVar("_R")
 
 INPUT = click.Path(path_type=Path)
 DIGEST = click.Choice(["xxh3-128", "blake3", "none"])
+
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -53,6 +56,16 @@ def _size(context: click.Context, parameter: click.Parameter, text: str) -> int:
     return size
 
 
+def _rank(context: click.Context, parameter: click.Parameter, text: str) -> int | str:
+    """A number of triplets, or "auto"."""
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        message = f"expected auto, or 1 or more, found {text!r}"
+        raise click.BadParameter(message, context, parameter)
+    return int(text)
+
+
 _FROM = click.option(
     "--from",
     "pairs",
@@ -67,6 +80,19 @@ _BASE = click.option(
     metavar="B",
     help="The checkpoint that the adapters among V were trained on.  [default: the one that "
     "adapter_config.json names, if it is a folder here]",
+)
+_RANK = click.option(
+    "--rank",
+    callback=_rank,
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    help="Triplets of each matrix; auto takes those above the noise of storing it.",
+)
+_ENERGY = click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="In place of --rank: the fewest triplets with this share of the sum of squares.",
 )
 _INCLUDE = click.option(
     "--include",
@@ -119,6 +145,11 @@ _QUIET = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 def vector_sources(command: Callable[_P, _R]) -> Callable[_P, _R]:
     """`--from P N`, repeatable: a difference where a vector may stand; `--base`, for adapters."""
     return _FROM(_BASE(command))
+
+
+def ranking_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`--rank`, `--energy`."""
+    return _RANK(_ENERGY(command))
 
 
 def selecting_options(command: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -11,14 +11,17 @@ from rich.markup import escape as _escape
 from rich.table import Table
 
 from reasonvec.compat.problem import Problem, fold
+from reasonvec.names import kind_of
 from reasonvec.wording import count, legible, magnitude, percent, short_count, size
 
 if TYPE_CHECKING:
     from reasonvec.apply import ApplyPlan, ApplyReport
     from reasonvec.check import CheckReport, Distances
     from reasonvec.compare import Comparison, Pair
-    from reasonvec.extract import ExtractReport
+    from reasonvec.extract import ExtractReport, Row
     from reasonvec.inspection import GroupMeasure, Inspection
+    from reasonvec.lora import LeftOut, LoraReport
+    from reasonvec.lowrank import CompressReport
     from reasonvec.rounding import Rounding
     from reasonvec.undo import UndoReport
     from reasonvec.verify import DiffReport, VerifyReport
@@ -136,6 +139,45 @@ def show_extract(report: ExtractReport) -> None:
             "for bit"
         )
     _say(f"written to {escape(str(report.path))}")
+
+
+def show_compress(report: CompressReport) -> None:
+    kinds: dict[str, list[Row]] = {}
+    for row in report.rows:
+        kinds.setdefault(kind_of(row.name), []).append(row)
+    rows = []
+    for kind, part in kinds.items():
+        ranks = sorted(row.rank or 0 for row in part if row.residual is not None)
+        span = f"{ranks[0]} to {ranks[-1]}" if ranks else "exact"
+        left = sum((row.residual or 0.0) ** 2 for row in part) ** 0.5
+        norm = sum(row.norm**2 for row in part) ** 0.5
+        stored = sum(row.bytes for row in part)
+        rows.append([kind, count(len(part)), span, magnitude(norm), magnitude(left), size(stored)])
+    total = [magnitude(report.norm), magnitude(report.residual), size(report.bytes)]
+    rows.append(["total", count(len(report.rows)), "", *total])
+    _table(["module", "tensors", "rank", "norm", "left out", "stored"], rows)
+    _say(f"written to {escape(str(report.path))}")
+
+
+def show_lora(report: LoraReport) -> None:
+    ranks = sorted(report.ranks.values())
+    _say(
+        f"{count(len(ranks))} matrices, ranks {ranks[0]} to {ranks[-1]}, "
+        f"{count(len(report.biases))} biases, {size(report.bytes)}"
+    )
+    _say(f"cut off by the ranks: {_share(report.truncated_share)} of the norm")
+    if report.left_out:
+        rows = [
+            [kind, why, count(len(parts)), _share(_norm(parts) / report.norm)]
+            for (kind, why), parts in report.by_kind().items()
+        ]
+        _table(["no place in a LoRA", "why", "tensors", "share of the norm"], rows)
+    _say(f"left out in all: {_share(report.left_out_share)} of the norm")
+    _say(f"written to {escape(str(report.path))}")
+
+
+def _norm(parts: Sequence[LeftOut]) -> float:
+    return float(sum(part.norm**2 for part in parts) ** 0.5)
 
 
 def _rounding_cells(name: str, r: Rounding) -> list[str]:

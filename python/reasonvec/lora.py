@@ -1,0 +1,338 @@
+"""A vector as a LoRA adapter of PEFT, and an account of what an adapter cannot carry.
+
+Each matrix of the vector becomes ``B @ A`` of its leading triplets, ``B = u sqrt(s)`` and
+``A = sqrt(s) v``, so that both factors have one size; alpha is the rank everywhere, so the scale
+is 1. Norm weights, embeddings and the head, and biases of modules without factors have no place in
+a LoRA: the report says what was left out and how much of the norm that was. ``modules_to_save``
+would carry them, but it overwrites a model's values where a vector adds to them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from reasonvec import _reasonvec as core
+from reasonvec.adapter import ADAPTER_CONFIG, ADAPTER_MODEL
+from reasonvec.algebra import Adapter, Difference, Vector
+from reasonvec.compat.layout import FLOATS
+from reasonvec.destination import Destination
+from reasonvec.errors import MismatchError
+from reasonvec.factor_file import FactorFile
+from reasonvec.json_values import Json
+from reasonvec.lowrank import has_factors, summed
+from reasonvec.measure import Quantities, measure
+from reasonvec.names import is_vocabulary, kind_of
+from reasonvec.run import RunOptions
+from reasonvec.terms import Operands, Summed, elements, leaf_layout
+from reasonvec.triplets import Rank, leading
+
+__all__ = ["LeftOut", "LoraOptions", "LoraReport", "to_lora"]
+
+_PREFIX = "base_model.model."
+# Their linear layers keep matrices as [in, out].
+_CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+class LoraOptions(RunOptions, total=False):
+    """Keywords of `Vector.to_lora`."""
+
+    rank: Rank
+    """How many triplets of each matrix: a number, "auto" (default) for those above the noise floor,
+    or a share between 0 and 1 of the sum of squares."""
+    base: str | None
+    """What the adapter says its base is (base_model_name_or_path): a folder or a hub repository; by
+    default the negative donor."""
+    sync: bool
+    """Whether files are flushed to the disk before they get their final names (default True)."""
+    overwrite: bool
+    """Replace an earlier output of reasonvec in the folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A tensor that moved and that the adapter does not have."""
+
+    name: str
+    why: str
+    norm: float
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """A finished adapter: the rank of every module, and what it does not carry. ``norm`` is the
+    vector's, ``truncated`` the norm of what the ranks cut off, ``left_out`` the tensors that have
+    no place in it."""
+
+    path: Path
+    recipe: str
+    ranks: dict[str, int]
+    biases: list[str]
+    norm: float
+    truncated: float
+    left_out: list[LeftOut]
+    bytes: int
+
+    @property
+    def left_out_norm(self) -> float:
+        """The norm of the tensors that are not there."""
+        return math.sqrt(sum(part.norm**2 for part in self.left_out))
+
+    @property
+    def left_out_share(self) -> float:
+        """That norm as a share of the vector's."""
+        return self.left_out_norm / self.norm if self.norm else 0.0
+
+    @property
+    def truncated_share(self) -> float:
+        """The truncated norm as a share of the vector's."""
+        return self.truncated / self.norm if self.norm else 0.0
+
+    def by_kind(self) -> dict[tuple[str, str], list[LeftOut]]:
+        """What was left out by kind of module and reason."""
+        kinds: dict[tuple[str, str], list[LeftOut]] = {}
+        for part in self.left_out:
+            kinds.setdefault((kind_of(part.name), part.why), []).append(part)
+        return kinds
+
+    def as_json(self) -> Json:
+        return {
+            "path": str(self.path),
+            "recipe": self.recipe,
+            "norm": self.norm,
+            "truncated": self.truncated,
+            "truncated_share": self.truncated_share,
+            "left_out_norm": self.left_out_norm,
+            "left_out_share": self.left_out_share,
+            "left_out": [{"name": p.name, "why": p.why, "norm": p.norm} for p in self.left_out],
+            "ranks": self.ranks,
+            "biases": self.biases,
+            "bytes": self.bytes,
+        }
+
+
+def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
+    """Write a vector as an adapter; see `Vector.to_lora`."""
+    rank = options.get("rank", "auto")
+    tensors, operands = summed(vector)
+    layout = leaf_layout(vector.terms[0].leaf)
+    flipped = layout.config.get("model_type") in _CONV1D
+    norms = _norms(tensors, operands, options)
+    Destination(out, operands.folders, overwrite=options.get("overwrite", False)).prepare()
+    modules = {
+        name.removesuffix(".weight"): tensor
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and has_factors(name, tensor.shape, tensor.dtype)
+    }
+    ranks: dict[str, int] = {}
+    truncated = 0.0
+    names = [f"{_PREFIX}{module}.lora_{part}" for module in modules for part in _PARTS]
+    with FactorFile(out / ADAPTER_MODEL, names, {"format": "pt"}) as file:
+        for module, tensor in modules.items():
+            if norms.get(tensor.name, 0.0) == 0.0:
+                continue
+            found = leading(tensor.name, tensor.shape, tensor.terms, operands, rank, options)
+            truncated += max(found.squares - float(np.sum(found.s * found.s)), 0.0)
+            if found.rank == 0:
+                continue
+            ranks[module] = found.rank
+            root = np.sqrt(found.s)
+            b = (found.u * root).astype(np.float32)
+            a = (root[:, None] * found.v).astype(np.float32)
+            if flipped:
+                b, a = a.T, b.T
+            file.add(f"{_PREFIX}{module}.lora_A.weight", a, "F32")
+            file.add(f"{_PREFIX}{module}.lora_B.weight", b, "F32")
+        biases = _write_biases(file, ranks, tensors, norms, operands)
+        if not ranks:
+            message = f"{vector}: no matrix of it has a rank above zero; there is nothing to export"
+            raise MismatchError(message)
+        file.finish(sync=options.get("sync", True))
+    carried = {f"{module}.weight" for module in modules} | set(biases)
+    left_out = [
+        LeftOut(name, _why(tensors[name], ranks), norm)
+        for name, norm in norms.items()
+        if norm > 0 and name not in carried
+    ]
+    report = LoraReport(
+        out,
+        str(vector),
+        ranks,
+        biases,
+        math.sqrt(sum(norm**2 for norm in norms.values())),
+        math.sqrt(truncated),
+        left_out,
+        (out / ADAPTER_MODEL).stat().st_size,
+    )
+    sync = options.get("sync", True)
+    base = options.get("base") or _base_of(vector)
+    config = _config(report, modules, layout.config, base, flipped=flipped)
+    core.write_whole(out / "README.md", _card(report, base).encode(), sync)
+    # The config last: a folder without it is no adapter.
+    core.write_whole(out / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode(), sync)
+    return report
+
+
+_PARTS = ("A.weight", "B.weight", "B.bias")
+
+
+def _norms(
+    tensors: Mapping[str, Summed], operands: Operands, options: RunOptions
+) -> dict[str, float]:
+    floats = [t for t in tensors.values() if t.dtype in FLOATS and t.terms]
+    rows = measure(
+        [Quantities(t.name, elements(t.shape), [t.terms]) for t in floats], operands, options
+    )
+    return {row.name: row.norm(0) for row in rows}
+
+
+def _write_biases(
+    file: FactorFile,
+    ranks: Mapping[str, int],
+    tensors: Mapping[str, Summed],
+    norms: Mapping[str, float],
+    operands: Operands,
+) -> list[str]:
+    """The biases of modules with factors, where any of them moved: PEFT then wants one for every
+    such module, zero where the model has none."""
+    moved = [f"{m}.bias" for m in ranks if norms.get(f"{m}.bias", 0.0) > 0]
+    if not moved:
+        return []
+    for module in ranks:
+        tensor = tensors.get(f"{module}.bias")
+        if tensor is None or not tensor.terms:
+            shape = tensors[f"{module}.weight"].shape
+            values = np.zeros(shape[0], np.float32)
+        else:
+            found = core.values(
+                json.dumps(tensor.terms), tensor.name, n := elements(tensor.shape), 0, n,
+                operands.handles,
+            )  # fmt: skip
+            values = np.frombuffer(memoryview(found).cast("B"), np.float32)
+        file.add(f"{_PREFIX}{module}.lora_B.bias", values, "F32")
+    return moved
+
+
+def _why(tensor: Summed, ranks: Mapping[str, int]) -> str:
+    if is_vocabulary(tensor.name):
+        return "its rows are tokens"
+    if len(tensor.shape) == 2:
+        return "not the weight of a module"
+    if len(tensor.shape) > 2:
+        return "more than two dimensions"
+    if tensor.name.endswith(".bias"):
+        return "the bias of a module without factors"
+    return "one dimension"
+
+
+def _base_of(vector: Vector) -> str | None:
+    """The checkpoint that the vector is measured from, if it is one."""
+    leaf = vector.terms[0].leaf
+    if isinstance(leaf, Difference):
+        return str(leaf.negative.path)
+    if isinstance(leaf, Adapter):
+        return str(leaf.base.path)
+    donors = leaf.config.get("donors")
+    donor = donors.get("negative") if isinstance(donors, dict) else None
+    path = donor.get("path") if isinstance(donor, dict) else None
+    return str((leaf.path / path).resolve()) if isinstance(path, str) else None
+
+
+def _config(
+    report: LoraReport,
+    modules: Iterable[str],
+    model: Mapping[str, object],
+    base: str | None,
+    *,
+    flipped: bool,
+) -> Json:
+    common = Counter(report.ranks.values()).most_common(1)[0][0]
+    others = {re.escape(m): r for m, r in report.ranks.items() if r != common}
+    return {
+        "peft_type": "LORA",
+        "task_type": _task(model),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": common,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "lora_bias": bool(report.biases),
+        "fan_in_fan_out": flipped,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": _targets(report.ranks, modules),
+        "rank_pattern": others,
+        "alpha_pattern": others,
+    }
+
+
+def _targets(ranks: Mapping[str, int], modules: Iterable[str]) -> list[str]:
+    """The last parts of the modules' names where those name them all and no others."""
+    last = {module.rpartition(".")[2] for module in ranks}
+    named = {module for module in modules if module.rpartition(".")[2] in last}
+    return sorted(last) if named == set(ranks) else sorted(ranks)
+
+
+def _task(model: Mapping[str, object]) -> str | None:
+    named = model.get("architectures")
+    name = str(named[0]) if isinstance(named, list) and named else ""
+    if model.get("is_encoder_decoder") is True:
+        return "SEQ_2_SEQ_LM"
+    return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+
+
+def _card(report: LoraReport, base: str | None) -> str:
+    ranks = sorted(report.ranks.values())
+    span = f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+    lines = [
+        "---",
+        "library_name: peft",
+        "tags:",
+        "- lora",
+        "- reasonvec",
+        "---",
+        "",
+        f"# LoRA of `{report.recipe.replace('`', '')}`",
+        "",
+        f"Factors of rank {span} for {len(report.ranks)} matrices, made from a vector in weight "
+        "space by reasonvec. The scale is 1 (lora_alpha is r).",
+        "",
+        "## What it does not carry",
+        "",
+        f"The ranks cut off {100 * report.truncated_share:.3g} % of the vector's norm. Storage in "
+        "bf16 adds noise in all directions to an update, so much of that is noise.",
+        "",
+    ]
+    if report.left_out:
+        lines += [
+            f"A LoRA has no place for {len(report.left_out)} tensors that moved, "
+            f"{100 * report.left_out_share:.3g} % of the norm:",
+            "",
+            "| module | why | tensors | share of the norm |",
+            "| --- | --- | ---: | ---: |",
+        ]
+        for (kind, why), parts in report.by_kind().items():
+            norm = math.sqrt(sum(part.norm**2 for part in parts))
+            share = 100 * norm / report.norm
+            lines.append(f"| {kind} | {why} | {len(parts)} | {share:.3g} % |")
+        lines += ["", "(Shares of a norm add up as squares do.)", ""]
+    else:
+        lines += ["Every other tensor is equal in both donors: nothing else was left out.", ""]
+    return "\n".join(lines)

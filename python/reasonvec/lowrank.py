@@ -1,0 +1,214 @@
+"""Low-rank vectors: the leading triplets of every matrix of a vector, in place of the matrix.
+
+Storage in bf16 adds the grid's noise to an update, spread over all directions, while the update
+itself lies in a few: the leading triplets are nearer to what was learned than the difference is
+(docs/format.md, lowrank; arXiv 2510.00553). So the share of the sum of squares that a rank keeps
+says little, and ``"auto"`` counts the singular values above those of the noise instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Unpack
+
+import numpy as np
+
+from reasonvec.adapter import AdapterFolder
+from reasonvec.algebra import Adapter, Vector
+from reasonvec.compat.layout import FLOATS
+from reasonvec.compat.problem import demand
+from reasonvec.destination import Destination
+from reasonvec.errors import MismatchError
+from reasonvec.extract import ExtractOptions, ExtractReport, Row, write_vector
+from reasonvec.factor_file import FactorFile, Values
+from reasonvec.json_values import Json
+from reasonvec.names import is_vocabulary
+from reasonvec.terms import Operands, Summed, leaf_layout, sum_terms
+from reasonvec.triplets import Rank, Triplets, leading
+
+__all__ = ["CompressOptions", "CompressReport", "compress", "from_lora", "has_factors", "summed"]
+
+_FACTORS = "factors.safetensors.partial"
+
+
+class CompressOptions(ExtractOptions, total=False):
+    """Keywords of `Vector.compress`."""
+
+    rank: Rank
+    """How many triplets of each matrix: a number, "auto" (default) for those above the noise floor,
+    or a share between 0 and 1 of the sum of squares (``energy`` in a command)."""
+    rescale: bool
+    """Stretch every compressed matrix to the norm that it had (default False)."""
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """A finished low-rank vector."""
+
+    path: Path
+    recipe: str
+    rows: list[Row]
+
+    @property
+    def compressed(self) -> list[Row]:
+        """The tensors that are kept as factors, or whose rank is zero."""
+        return [row for row in self.rows if row.residual is not None]
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def residual(self) -> float:
+        """The norm of everything that was left out."""
+        return math.sqrt(sum((row.residual or 0.0) ** 2 for row in self.rows))
+
+    @property
+    def norm(self) -> float:
+        """The norm of what is stored."""
+        return math.sqrt(sum(row.norm**2 for row in self.rows))
+
+    def as_json(self) -> Json:
+        return {
+            "path": str(self.path),
+            "recipe": self.recipe,
+            "norm": self.norm,
+            "residual": self.residual,
+            "bytes": self.bytes,
+            "tensors": len(self.rows),
+            "compressed": len(self.compressed),
+            "ranks": {
+                row.name: {"rank": row.rank or 0, "norm": row.norm, "residual": row.residual}
+                for row in self.compressed
+            },
+        }
+
+
+def has_factors(name: str, shape: tuple[int, ...], dtype: str) -> bool:
+    """Whether a tensor is one that is taken apart: a matrix of floats whose rows are no tokens."""
+    return len(shape) == 2 and dtype in FLOATS and min(shape) > 0 and not is_vocabulary(name)
+
+
+def summed(vector: Vector) -> tuple[dict[str, Summed], Operands]:
+    """A vector by itself, tensor by tensor.
+
+    Raises:
+        MismatchError: it is empty, or its parts have no sum.
+    """
+    if not vector.terms:
+        message = "an empty vector (a point minus itself) has nothing to compress"
+        raise MismatchError(message)
+    operands = Operands()
+    tensors, problems = sum_terms(vector, leaf_layout(vector.terms[0].leaf), operands)
+    demand(problems)
+    return tensors, operands
+
+
+def compress(vector: Vector, out: Path, options: CompressOptions) -> CompressReport:
+    """Write a vector with every matrix as factors; see `Vector.compress`."""
+    rank, rescale = options.get("rank", "auto"), options.get("rescale", False)
+    if rank != "auto" and not (rank > 0 if isinstance(rank, int) else 0 < rank <= 1):
+        message = f"rank: expected 1 or more, a share between 0 and 1, or 'auto', found {rank!r}"
+        raise MismatchError(message)
+    tensors, operands = summed(vector)
+
+    def factors(tensor: Summed, file: FactorFile) -> list[str] | None:
+        if not tensor.terms or not has_factors(tensor.name, tensor.shape, tensor.dtype):
+            return None
+        found = leading(tensor.name, tensor.shape, tensor.terms, operands, rank, options)
+        if found.rank == 0:
+            return []
+        rows, columns = tensor.shape
+        if found.rank * (rows + columns) >= rows * columns:
+            # The factors would be larger than the matrix, which is exact.
+            return None
+        return _store(tensor.name, found, file, rescale=rescale)
+
+    config: Json = {"compression": {"rank": rank, "rescale": rescale}}
+    report = _write(vector, out, options, tensors, operands, factors, config)
+    return CompressReport(report.path, report.recipe, report.rows)
+
+
+def from_lora(adapter: Vector, out: Path, **options: Unpack[ExtractOptions]) -> CompressReport:
+    """Write an adapter as a vector folder with its own factors, bit for bit.
+
+    Raises:
+        MismatchError: ``adapter`` is something else than an adapter as `reasonvec.adapter` opens
+            it, or does not fit its base.
+    """
+    leaves = [scaled.leaf for scaled in adapter.terms]
+    plain = len(leaves) == 1 and not adapter.terms[0].factors and adapter.terms[0].control is None
+    leaf = leaves[0] if plain else None
+    if not isinstance(leaf, Adapter):
+        message = f"{adapter}: is no single adapter; compress it instead (vector.compress)"
+        raise MismatchError(message)
+    tensors, operands = summed(adapter)
+
+    def factors(tensor: Summed, file: FactorFile) -> list[str] | None:
+        update = leaf.updates.of.get(tensor.name)
+        low = update.factors if update is not None else None
+        if low is None or low.a is None or low.rank > min(tensor.shape):
+            return None
+        parts = {"u": low.a, "v": low.b} if low.transposed else {"u": low.b, "v": low.a}
+        for role, entry in parts.items():
+            values, dtype = _bits(leaf.folder, entry)
+            file.add(f"{tensor.name}:{role}", values.T if low.transposed else values, dtype)
+        file.add(f"{tensor.name}:s", np.full(low.rank, low.scale), "F64")
+        return [f"{tensor.name}:{role}" for role in ("u", "s", "v")]
+
+    report = _write(adapter, out, options, tensors, operands, factors, {})
+    return CompressReport(report.path, report.recipe, report.rows)
+
+
+def _bits(folder: AdapterFolder, entry: str) -> tuple[Values, str]:
+    """A factor as it is stored, and its format; 16-bit floats as their bits."""
+    info = folder.tensors[entry]
+    raw = memoryview(folder.handle.tensor(entry)).cast("B")
+    values: Values
+    if info.dtype == "F64":
+        values = np.frombuffer(raw, np.float64)
+    elif info.dtype == "F32":
+        values = np.frombuffer(raw, np.float32)
+    else:
+        values = np.frombuffer(raw, np.uint16)
+    return values.reshape(info.shape), info.dtype
+
+
+def _store(name: str, found: Triplets, file: FactorFile, *, rescale: bool) -> list[str]:
+    s = found.s
+    if rescale:
+        s = s * math.sqrt(found.squares / float(np.sum(s * s)))
+    file.add(f"{name}:u", found.u, "F32")
+    file.add(f"{name}:s", s, "F64")
+    file.add(f"{name}:v", found.v, "F32")
+    return [f"{name}:{role}" for role in ("u", "s", "v")]
+
+
+def _write(
+    vector: Vector,
+    out: Path,
+    options: ExtractOptions,
+    tensors: dict[str, Summed],
+    operands: Operands,
+    factors: Callable[[Summed, FactorFile], list[str] | None],
+    config: Json,
+) -> ExtractReport:
+    Destination(out, operands.folders, overwrite=options.get("overwrite", False)).prepare()
+    path = out / _FACTORS
+    names = [f"{name}:{role}" for name in tensors for role in ("u", "s", "v")]
+    stored: dict[str, list[str]] = {}
+    try:
+        with FactorFile(path, names) as file:
+            for name, tensor in tensors.items():
+                entries = factors(tensor, file)
+                if entries is not None:
+                    stored[name] = entries
+            file.finish(sync=False)
+        return write_vector(
+            vector, out, options, destination=False, factors=(path, stored), config=config
+        )
+    finally:
+        path.unlink(missing_ok=True)

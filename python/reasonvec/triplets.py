@@ -1,0 +1,162 @@
+"""The leading singular triplets of a tensor of any expression."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reasonvec import _reasonvec as core
+from reasonvec.adapter import AdapterFolder
+from reasonvec.folders import Folder, VectorFolder
+from reasonvec.json_values import Json
+from reasonvec.run import RunOptions, settings
+from reasonvec.terms import Operands
+
+__all__ = ["Rank", "Triplets", "leading"]
+
+Rank: TypeAlias = int | Literal["auto"] | float
+"""How many triplets: a number of them, "auto" for those above the noise floor, or a share between 0
+and 1 of the sum of squares that they must hold."""
+
+
+@dataclass(frozen=True, eq=False)
+class Triplets:
+    """``u @ diag(s) @ v`` of u [rows, rank] and v [rank, columns] in float32, orthonormal, and s
+    [rank] in float64, descending; ``squares`` is the sum of squares of the whole matrix."""
+
+    u: NDArray[np.float32]
+    s: NDArray[np.float64]
+    v: NDArray[np.float32]
+    squares: float
+
+    @property
+    def rank(self) -> int:
+        return int(self.s.size)
+
+
+def leading(
+    name: str,
+    shape: Sequence[int],
+    terms: Sequence[Json],
+    operands: Operands,
+    rank: Rank,
+    options: RunOptions,
+) -> Triplets:
+    """The leading triplets of a sum of terms with the given shape [rows, columns].
+
+    A sum of low-rank parts whose ranks together are less than a side has is taken apart from the
+    factors side by side, by QR and a small SVD; the matrix is never made. There ``"auto"`` keeps
+    all but rounding, since no noise of storage is in it.
+    """
+    found = _side_by_side(terms, operands)
+    if found is not None and found[1].shape[0] <= min(shape):
+        u, v = found
+        size = shape[0], shape[1], v.shape[0]
+        wanted = {"error": 1e-6} if rank == "auto" else _rank(rank)
+        turned = np.ascontiguousarray(v.T)
+        return _triplets(core.recompress(u.tobytes(), turned.tobytes(), *size, json.dumps(wanted)))
+    plan = {
+        "name": name,
+        "shape": list(shape),
+        "terms": list(terms),
+        "rank": _rank(rank),
+        "which": "top",
+        "seed": 0,
+        "settings": settings(options),
+    }
+    return _triplets(core.svd(json.dumps(plan), operands.handles, None))
+
+
+def _rank(rank: Rank) -> Json | str:
+    if isinstance(rank, int):
+        return {"fixed": rank}
+    return "noise" if isinstance(rank, str) else {"energy": rank}
+
+
+def _triplets(found: tuple[core.Tensor, core.Tensor, core.Tensor, str]) -> Triplets:
+    u, s, v = (np.asarray(memoryview(part)) for part in found[:3])
+    rest: _Rest = json.loads(found[3])
+    return Triplets(u, s, v, rest["squares"])
+
+
+def _side_by_side(
+    terms: Sequence[Json], operands: Operands
+) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """``u`` [rows, k] and ``v`` [k, columns] whose product is the sum, where every part has
+    factors."""
+    us, vs = [], []
+    for term in terms:
+        factors = None if "control" in term else _factors(term, operands)
+        if factors is None:
+            return None
+        coefficient = float(str(term["coefficient"]))
+        us.append((coefficient * factors[0]).astype(np.float32))
+        vs.append(factors[1].astype(np.float32))
+    return (np.hstack(us), np.vstack(vs)) if us else None
+
+
+def _factors(
+    term: Json, operands: Operands
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Two factors whose product a term is, but for its coefficient."""
+    source = term.get("source")
+    stored, product = _at(source, "stored"), _at(source, "product")
+    if stored is not None:
+        folder, name = _operand(stored, operands)
+        row = folder.row(name) if isinstance(folder, VectorFolder) else {}
+        if not isinstance(folder, VectorFolder) or row.get("encoding") != "lowrank":
+            return None
+        parts = row.get("parts")
+        u, s, v = (
+            _floats(folder.part(str(_at(_at(parts, role), "entry")))) for role in ("u", "s", "v")
+        )
+        return u * s, v
+    if _at(product, "a") is None:
+        return None
+    a, b = (
+        _floats(folder.handle.tensor(name))
+        for folder, name in (_operand(_at(product, part), operands) for part in ("a", "b"))
+        if isinstance(folder, AdapterFolder)
+    )
+    left, right = (a.T, b.T) if _at(product, "transposed") else (b, a)
+    return float(str(_at(product, "scale"))) * left, right
+
+
+def _at(value: object, key: str) -> object:
+    return value.get(key) if isinstance(value, dict) else None
+
+
+def _operand(ref: object, operands: Operands) -> tuple[Folder, str]:
+    return operands.folders[int(str(_at(ref, "operand")))], str(_at(ref, "name"))
+
+
+def _floats(tensor: core.Tensor) -> NDArray[np.float64]:
+    raw = memoryview(tensor).cast("B")
+    values: NDArray[np.float64]
+    if tensor.dtype == "BF16":
+        values = (
+            (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16)
+            .view(np.float32)
+            .astype(np.float64)
+        )
+    elif tensor.dtype == "F16":
+        values = np.frombuffer(raw, np.float16).astype(np.float64)
+    elif tensor.dtype == "F32":
+        values = np.frombuffer(raw, np.float32).astype(np.float64)
+    else:
+        values = np.frombuffer(raw, np.float64)
+    return values.reshape(tensor.shape)
+
+
+class _Rest(TypedDict):
+    """What the core says of triplets besides them."""
+
+    rank: int
+    squares: float
+    residual: float
+    floor: float | None

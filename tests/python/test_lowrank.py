@@ -1,0 +1,369 @@
+"""Low-rank vectors: the core against the reference and the format page, compression, LoRA out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from numpy.typing import NDArray
+from test_adapter import Peft, adapter_folder, bits_of, bytes_of, write
+
+import reasonvec as rv
+from reasonvec import _reasonvec as core
+from reasonvec import reference as ref
+from reasonvec import reference_lowrank as lowrank
+from reasonvec.cli.app import main
+from reasonvec.errors import FormatError, MismatchError
+from reasonvec.family import Family
+from reasonvec.lowrank import from_lora
+from reasonvec.names import is_vocabulary
+from reasonvec.reference import BLOCK, Bits, Dtype
+
+FLOATS: list[Dtype] = ["BF16", "F16", "F32", "F64"]
+Q = "model.layers.0.self_attn.q_proj.weight"
+Reader = Callable[
+    [Path], dict[str, tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]]
+]
+
+
+def page_reader() -> Reader:
+    page = (Path(__file__).parents[2] / "docs" / "format.md").read_text("utf-8")
+    block = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert block is not None
+    scope: dict[str, object] = {}
+    exec(block[1], scope)  # running the page is the point
+    return cast(Reader, scope["read_vector"])
+
+
+def folder_of(
+    path: Path, shape: tuple[int, int], rank: int, dtypes: tuple[Dtype, Dtype]
+) -> tuple[Bits, NDArray[np.float64], Bits]:
+    """A vector folder of one low-rank tensor, by the words of docs/format.md."""
+    generator = np.random.default_rng(rank)
+    u, v = (
+        bits_of(generator, shape[0] * rank, dtypes[0]),
+        bits_of(generator, rank * shape[1], dtypes[1]),
+    )
+    s = generator.normal(size=rank) ** 2
+    parts = {
+        "w:s": (s.view(np.uint64), "F64", (rank,)),
+        "w:u": (u, dtypes[0], (shape[0], rank)),
+        "w:v": (v, dtypes[1], (rank, shape[1])),
+    }
+    parts = dict(sorted(parts.items(), key=lambda part: -part[1][0].itemsize))
+    path.mkdir()
+    write(path / "vector_model.safetensors", parts)
+    row = {
+        "name": "w",
+        "shape": shape,
+        "dtype": "F64" if "F64" in dtypes else "BF16",
+        "encoding": "lowrank",
+        "elements": shape[0] * shape[1],
+    }
+    row |= {
+        "moved": 0,
+        "norm": 1.0,
+        "max": 1.0,
+        "max_at": 0,
+        "inexact": 0,
+        "wide": 0,
+        "rank": rank,
+        "residual": 0.0,
+    }
+    row |= {
+        "bytes": u.nbytes + s.nbytes + v.nbytes,
+        "parts": {r: {"entry": f"w:{r}", "digest": None} for r in "usv"},
+    }
+    (path / "vector_config.json").write_text(
+        json.dumps({"format": 1, "digest": "none", "tensors": [row]})
+    )
+    return u.reshape(shape[0], rank), s, v.reshape(rank, shape[1])
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("F32", "F32"), ("BF16", "F16"), ("BF16", "F32"), ("F32", "F64")]
+)
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((3, 5), 1), ((100, 33), 7), ((2, BLOCK + 9), 2), ((900, 700), 5)]
+)
+def test_core_reference_and_page_read_the_same(
+    tmp_path: Path, shape: tuple[int, int], rank: int, dtypes: tuple[Dtype, Dtype]
+) -> None:
+    u, s, v = folder_of(tmp_path / "v", shape, rank, dtypes)
+    work = ref.work_dtype(*dtypes)
+    expected = lowrank.lowrank_values((u, dtypes[0]), s, (v, dtypes[1]), work=work)
+    n = shape[0] * shape[1]
+    term = json.dumps([{"coefficient": 1.0, "source": {"stored": {"operand": 0, "name": "w"}}}])
+    found = core.values(term, "w", n, 0, n, [core.VectorFolder(tmp_path / "v")], work == "F64")
+    assert bytes_of(found, work == "F64").tobytes() == expected.tobytes()
+    hi, at, _ = page_reader()(tmp_path / "v")["w"]
+    assert hi.tobytes() == expected.tobytes()
+    assert hi.shape == shape
+    assert at.size == 0
+
+
+@pytest.fixture(scope="module")
+def reason(family: Family) -> rv.Vector:
+    return rv.open(family.rl) - rv.open(family.sft)
+
+
+def exact(vector: rv.Vector, tmp_path: Path) -> dict[str, NDArray[np.float32]]:
+    vector.save(tmp_path / "exact")
+    return {name: hi for name, (hi, _, _) in page_reader()(tmp_path / "exact").items()}
+
+
+def test_matrices_become_their_leading_triplets(reason: rv.Vector, tmp_path: Path) -> None:
+    before = exact(reason, tmp_path)
+    report = reason.compress(tmp_path / "low", rank=6)
+    after = {name: hi for name, (hi, _, _) in page_reader()(tmp_path / "low").items()}
+    assert list(after) == list(before)
+    for row in report.rows:
+        was, now = before[row.name].astype(float), after[row.name].astype(float)
+        if was.ndim < 2 or is_vocabulary(row.name):
+            assert row.encoding in ("zero", "sparse", "dense")
+            assert row.residual is None
+            assert was.tobytes() == now.tobytes()
+            continue
+        assert (row.encoding, row.rank) == ("lowrank", 6)
+        best = np.linalg.svd(was, compute_uv=False)[6:]
+        assert np.linalg.norm(was - now) == pytest.approx(row.residual, rel=1e-6)
+        assert row.residual <= 1.01 * np.linalg.norm(best)
+        assert np.linalg.norm(now) == pytest.approx(row.norm, rel=1e-6)
+        assert row.max == np.abs(now).max()
+        assert row.moved == np.count_nonzero(now)
+    assert not list((tmp_path / "low").glob("*.partial"))
+    core.verify_vector(core.VectorFolder(tmp_path / "low"), json.dumps({"memory_budget": 1 << 22}))
+    card = (tmp_path / "low" / "README.md").read_text()
+    assert "Not exact, on request" in card
+    assert "of rank 6." in card
+
+
+def test_rescaled_matrices_have_their_norms(reason: rv.Vector, tmp_path: Path) -> None:
+    before = exact(reason, tmp_path)
+    report = reason.compress(tmp_path / "low", rank=1, rescale=True)
+    for row in report.compressed:
+        assert row.norm == pytest.approx(np.linalg.norm(before[row.name]), rel=1e-6)
+    plain = reason.compress(tmp_path / "plain", rank=1)
+    assert report.residual > plain.residual
+
+
+def test_energy_decides_the_rank(reason: rv.Vector, tmp_path: Path) -> None:
+    before = exact(reason, tmp_path)
+    report = reason.compress(tmp_path / "low", rank=0.6)
+    for row in report.compressed:
+        total = np.linalg.norm(before[row.name].astype(float)) ** 2
+        values = np.linalg.svd(before[row.name].astype(float), compute_uv=False) ** 2
+        assert values[: row.rank].sum() >= 0.6 * total * (1 - 1e-5)
+        assert values[: (row.rank or 0) - 1].sum() < 0.6 * total
+
+
+@pytest.mark.parametrize("rank", [0, -3, 0.0, 1.5, -0.1])
+def test_what_is_no_rank_is_refused(reason: rv.Vector, tmp_path: Path, rank: float) -> None:
+    with pytest.raises(MismatchError, match="rank: expected"):
+        reason.compress(tmp_path / "low", rank=rank)
+    assert not (tmp_path / "low").exists()
+
+
+def test_a_rank_that_saves_nothing_leaves_the_matrix_exact(
+    reason: rv.Vector, tmp_path: Path
+) -> None:
+    report = reason.compress(tmp_path / "low", rank=60)
+    assert {row.encoding for row in report.rows} <= {"zero", "sparse", "dense"}
+    assert report.residual == 0
+
+
+def test_sums_of_low_rank_vectors_keep_the_sum_of_their_ranks(
+    reason: rv.Vector, family: Family, tmp_path: Path
+) -> None:
+    other = rv.open(family.instruct) - rv.open(family.base)
+    reason.compress(tmp_path / "a", rank=3)
+    other.compress(tmp_path / "b", rank=2)
+    a, b = rv.load(tmp_path / "a"), rv.load(tmp_path / "b")
+    total = 2.0 * a - 0.5 * b
+    report = total.compress(tmp_path / "sum")
+    assert {row.rank for row in report.compressed} == {5}
+    assert report.residual <= 2e-6 * report.norm
+    compared = rv.load(tmp_path / "sum").compare(total)
+    assert compared.total.cosine == pytest.approx(1.0, abs=1e-10)
+    again = (a - 0.25 * a).compress(tmp_path / "again")
+    assert {row.rank for row in again.compressed} == {3}
+    assert total.compress(tmp_path / "less", rank=4).residual > 0
+
+
+def test_low_rank_and_exact_vectors_share_one_algebra(
+    reason: rv.Vector, family: Family, tmp_path: Path
+) -> None:
+    reason.compress(tmp_path / "low", rank=4)
+    low = rv.load(tmp_path / "low")
+    (rv.open(family.instruct) + 0.7 * low + 0.1 * reason).save(tmp_path / "out")
+    values = page_reader()(tmp_path / "low")
+    exactly = exact(reason, tmp_path)
+    base, out = rv.open(family.instruct), rv.open(tmp_path / "out")
+    for name, (hi, _, _) in values.items():
+        t = np.frombuffer(memoryview(base[name]).cast("B"), np.uint16)
+        u = ref.combine([hi.reshape(-1), exactly[name].reshape(-1)], [0.7, 0.1], "F32")
+        assert (
+            memoryview(out[name]).cast("B").tobytes() == ref.finish(t, "BF16", u, "BF16").tobytes()
+        )
+
+
+def test_digests_do_not_depend_on_threads_budgets_or_levels(family: Family, tmp_path: Path) -> None:
+    code = "import sys, reasonvec as rv; p, n, o, t, m = sys.argv[1:]; (rv.open(p) - rv.open(n)).compress(o, rank=5, threads=int(t), memory_budget=int(m))"
+    seen = set()
+    for i, (threads, budget, level) in enumerate(
+        [(1, 1 << 20, core.simd_levels()[0]), (3, 64 << 20, core.simd_levels()[-1])]
+    ):
+        out = tmp_path / f"out{i}"
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            str(family.rl),
+            str(family.sft),
+            str(out),
+            str(threads),
+            str(budget),
+        ]
+        subprocess.run(command, check=True, env=os.environ | {"REASONVEC_SIMD": level})
+        seen.add(json.dumps(json.loads((out / "vector_config.json").read_text())["tensors"]))
+    assert len(seen) == 1
+
+
+def test_a_damaged_factor_is_found(reason: rv.Vector, family: Family, tmp_path: Path) -> None:
+    reason.compress(tmp_path / "low", rank=2)
+    path = tmp_path / "low" / "vector_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(rv.DamageError):
+        (rv.open(family.instruct) + rv.load(tmp_path / "low")).save(tmp_path / "out")
+    config = tmp_path / "low" / "vector_config.json"
+    config.write_text(config.read_text().replace('"rank": 2', '"rank": 3'))
+    with pytest.raises(FormatError, match="rank"):
+        rv.load(tmp_path / "low")
+
+
+# --------------------------------------------------------------------------------------------------
+# LoRA in and out
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_vector_from_an_adapter_is_the_adapter(
+    family: Family, tmp_path: Path, rslora: bool
+) -> None:
+    folder = adapter_folder(tmp_path / "a", family.sft, change={"use_rslora": rslora})
+    vector = rv.adapter(folder)
+    report = from_lora(vector, tmp_path / "v")
+    assert [(row.rank, row.encoding) for row in report.compressed] == [(2, "lowrank")] * 2
+    assert report.residual <= 1e-7 * report.norm
+    if not rslora:  # a scale of two changes no bit
+        assert report.residual == 0
+    assert rv.load(tmp_path / "v").compare(vector).total.cosine == pytest.approx(1.0, abs=1e-12)
+    with pytest.raises(MismatchError, match="no single adapter"):
+        from_lora(2.0 * vector, tmp_path / "w")
+
+
+def test_an_exported_adapter_is_the_low_rank_vector(
+    reason: rv.Vector, family: Family, tmp_path: Path
+) -> None:
+    """What goes out as a LoRA comes in as the compressed vector, but for what was left out."""
+    report = reason.to_lora(tmp_path / "lora", rank=3)
+    reason.compress(tmp_path / "low", rank=3)
+    rows = {row.name: row for row in rv.load(tmp_path / "low").inspect().tensors}
+    total = sum(row.norm**2 for row in reason.inspect().tensors) ** 0.5
+    assert report.norm == pytest.approx(total, rel=1e-6)
+    left = {part.name: part for part in report.left_out}
+    assert [part.why for part in left.values()] == ["its rows are tokens"]
+    assert report.left_out_share == pytest.approx(
+        rows["model.embed_tokens.weight"].norm / total, rel=1e-5
+    )
+    without = list(map(re.escape, left))
+    kept = rv.load(tmp_path / "low").where(exclude=without)
+    back = rv.adapter(tmp_path / "lora").where(exclude=without)
+    compared = back.compare(kept).total
+    assert compared.cosine == pytest.approx(1.0, abs=1e-9)
+    assert compared.first_norm == pytest.approx(compared.second_norm, rel=1e-6)
+    share = f"{100 * report.left_out_share:.3g} % of the norm"
+    assert share in (tmp_path / "lora" / "README.md").read_text()
+
+
+@pytest.mark.models
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "rank"), [("qwen", 3), ("qwen", 0.95), ("gpt2", 2)])
+def test_peft_computes_what_the_dense_apply_computes(
+    tmp_path: Path, kind: str, rank: float
+) -> None:
+    """An exported adapter in PEFT against the low-rank vector that we add ourselves."""
+    peft = pytest.importorskip("peft")
+    import torch
+    import transformers
+
+    targets = ["q_proj", "v_proj", "down_proj"] if kind == "qwen" else ["c_attn", "c_fc"]
+    patterns = {"rank_pattern": {"v_proj": 2}} if rank == 0.95 else {}
+    made = Peft(tmp_path, kind, r=6, lora_alpha=9, target_modules=targets, **patterns)
+    base = rv.open(made.base)
+    vector = (
+        rv.adapter(made.adapter, base) if kind == "gpt2" or rank != 3 else _trained(made, tmp_path)
+    )
+    report = vector.to_lora(tmp_path / "lora", rank=rank, base=str(made.base))
+    if rank == 0.95:
+        assert len(set(report.ranks.values())) > 1
+    vector.compress(tmp_path / "low", rank=rank)
+    (base + rv.load(tmp_path / "low")).save(tmp_path / "dense", out_dtype="float32")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    dense = load(tmp_path / "dense", dtype=torch.float32).eval()
+    adapted = peft.PeftModel.from_pretrained(
+        load(made.base, dtype=torch.float32), tmp_path / "lora"
+    ).eval()
+    with torch.no_grad():
+        expected, found = dense(made.tokens).logits, adapted(made.tokens).logits
+        plain = load(made.base, dtype=torch.float32).eval()(made.tokens).logits
+    spread = expected.abs().max().item()
+    assert (expected - found).abs().max().item() <= 2e-5 * spread
+    assert (expected - plain).abs().max().item() > 1e-3 * spread
+
+
+def _trained(made: Peft, tmp_path: Path) -> rv.Vector:
+    """The difference of two checkpoints, with biases that moved, from an adapter's own."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(made.base, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers" in name and "norm" not in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "trained")
+    return rv.open(tmp_path / "trained") - rv.open(made.base)
+
+
+def test_the_commands(family: Family, tmp_path: Path) -> None:
+    def run(*args: str) -> dict[str, object]:
+        result = CliRunner().invoke(main, [*args, "--json"])
+        assert result.exit_code == 0, result.output
+        return cast(dict[str, object], json.loads(result.output))
+
+    pair = ["--from", str(family.rl), str(family.sft)]
+    low, lora, back = (str(tmp_path / name) for name in ("low", "lora", "back"))
+    assert run("compress", *pair, "-o", low, "--rank", "4", "--rescale")["compressed"] == 28
+    shares = run("to-lora", *pair, "-o", lora, "--rank", "4", "--base-model", str(family.sft))
+    assert 0 < cast(float, shares["left_out_share"]) < 1
+    assert run("from-lora", lora, "-o", back)["compressed"] == 28
+    assert run("inspect", back)
+    out = str(tmp_path / "out")
+    run("apply", low, back, "--to", str(family.instruct), "-o", out, "--alpha", "0.5")
+    for command in (
+        ["compress", low, back, "-o", str(tmp_path / "sum"), "--energy", "0.9"],
+        ["to-lora", low, "-o", str(tmp_path / "l2")],
+    ):
+        assert CliRunner().invoke(main, command).exit_code == 0
+    assert CliRunner().invoke(main, ["compress", low, "-o", out, "--rank", "none"]).exit_code == 2
