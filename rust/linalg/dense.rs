@@ -71,15 +71,7 @@ pub fn cross<A: Work, B: Work>(level: Level, threads: usize, a: &[A], p: usize, 
 }
 
 /// `into += a c` for tall `a` (`rows x p`) and small `c` (`p x q`).
-pub fn add_product<A: Work>(
-    level: Level,
-    threads: usize,
-    into: &mut [f64],
-    a: &[A],
-    p: usize,
-    c: &[f64],
-    q: usize,
-) {
+pub fn add_product<A: Work>(level: Level, threads: usize, into: &mut [f64], a: &[A], p: usize, c: &[f64], q: usize) {
     if q == 0 || p == 0 {
         return;
     }
@@ -141,14 +133,7 @@ pub fn invert_triangle(r: &[f64], n: usize) -> Vec<f64> {
 /// Block Gram-Schmidt, twice, and Cholesky QR, twice: with f64 sums that is stable for condition numbers up to 1e7 (Yamamoto et al. 2015,
 /// "Roundoff error analysis of the CholeskyQR2 algorithm"). Columns that depend on others beyond that are replaced by random ones, so that there
 /// always are `b` directions; there must be room for them.
-pub fn orthonormalise(
-    level: Level,
-    threads: usize,
-    w: &mut Vec<f64>,
-    b: usize,
-    earlier: &[Vec<f64>],
-    fresh: Philox,
-) {
+pub fn orthonormalise(level: Level, threads: usize, w: &mut Vec<f64>, b: usize, earlier: &[Vec<f64>], fresh: Philox) {
     let rows = w.len() / b.max(1);
     let mut drawn = 0u64;
     let scales = cross(level, threads, w, b, w, b);

@@ -2,11 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Matrix, Rank, Triplets, gram, rsvd};
+use super::{Exact, Matrix, Rank, Triplets, gram, rsvd};
+use crate::Result;
 use crate::operand::Term;
 use crate::plan::{Operands, Settings, TermPlan, elements, noises, scale_noise};
 use crate::stream::Control;
-use crate::Result;
 
 /// A matrix of an expression.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -108,10 +108,27 @@ pub fn svd(plan: &SvdPlan, operands: Operands<'_>, control: &Control) -> Result<
         (Which::Top, rank) => rsvd::top(&matrix, rank, plan.seed, &plan.settings, control)?,
         (Which::Bottom, Rank::Fixed(r)) => gram::bottom(&matrix, r, &plan.settings, control)?,
         (Which::Bottom, _) => {
-            return Err(crate::Error::Usage("of the smallest triplets a number is wanted, not a share or a floor".into()));
+            return Err(crate::Error::Usage(
+                "of the smallest triplets a number is wanted, not a share or a floor".into(),
+            ));
         }
     };
     Ok(([matrix.rows, matrix.columns], found))
+}
+
+/// The smallest triplets that a plan asks for, with vectors in f64, and the matrix's rows and columns.
+///
+/// # Errors
+/// As [`svd`].
+pub fn svd_exact(plan: &SvdPlan, operands: Operands<'_>, control: &Control) -> Result<([usize; 2], Exact)> {
+    let terms = plan.matrix.terms(operands, &plan.settings, control)?;
+    let matrix = plan.matrix.matrix(&terms)?;
+    match (plan.which, plan.rank) {
+        (Which::Bottom, Rank::Fixed(r)) => {
+            Ok(([matrix.rows, matrix.columns], gram::bottom_exact(&matrix, r, &plan.settings, control)?))
+        }
+        _ => Err(crate::Error::Usage("vectors in f64 come with the smallest triplets, by a number".into())),
+    }
 }
 
 /// The spectrum that a plan asks for.
@@ -121,8 +138,7 @@ pub fn svd(plan: &SvdPlan, operands: Operands<'_>, control: &Control) -> Result<
 pub fn spectrum(plan: &SpectrumPlan, operands: Operands<'_>, control: &Control) -> Result<Spectrum> {
     let terms = plan.matrix.terms(operands, &plan.settings, control)?;
     let matrix = plan.matrix.matrix(&terms)?;
-    let floor =
-        if plan.floor { Some(rsvd::floor(&matrix, plan.seed, &plan.settings, control)?) } else { None };
+    let floor = if plan.floor { Some(rsvd::floor(&matrix, plan.seed, &plan.settings, control)?) } else { None };
     let (values, squares) = match plan.count {
         Some(r) => {
             let found = rsvd::top(&matrix, Rank::Fixed(r), plan.seed, &plan.settings, control)?;

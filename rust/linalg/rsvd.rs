@@ -14,15 +14,20 @@ use std::sync::{Mutex, PoisonError};
 use super::dense::{add_product, cholesky, cross, invert_triangle, orthonormalise, product, transpose};
 use super::eigen::{jacobi, symmetric};
 use super::panel::{self, Scratch};
-use super::{Matrix, Rank, Triplets, gram};
+use super::{Exact, Matrix, Rank, Triplets, gram};
 use crate::philox::Philox;
 use crate::plan::Settings;
 use crate::simd::{Level, dispatch};
 use crate::stream::{BLOCK, Control, Grid, Turn, pass};
 use crate::{Error, Result};
 
-/// Sweeps of the Krylov iteration.
-const DEPTH: usize = 4;
+/// Sweeps of the Krylov iteration: of small matrices, whose singular values lie further apart in proportion, two more, which cost little.
+fn depth(small: usize) -> usize {
+    if small < SMALL { 6 } else { 4 }
+}
+
+/// What a small matrix is.
+const SMALL: usize = 1280;
 /// Vectors of a block are a multiple of this.
 const STEP: usize = 16;
 /// Elements that are multiplied before sums are joined.
@@ -159,7 +164,8 @@ impl<'a> Sweep<'a> {
         let mut block = vec![0.0f64; n * b];
         dispatch::normal(level, &mut block, Philox::new(seed, name, TEST), 0, 1.0);
         let mut space = Space { v: vec![], w: vec![], y: vec![], b, squares: 0.0 };
-        for i in 0..DEPTH {
+        let depth = depth(self.matrix.small());
+        for i in 0..depth {
             orthonormalise(level, threads, &mut block, b, &space.v, fresh);
             let single: Vec<f32> = block.iter().map(|&x| x as f32).collect();
             let mut y = vec![0.0f32; rows * b];
@@ -170,7 +176,7 @@ impl<'a> Sweep<'a> {
             space.squares = squares;
             let mut turned = vec![0.0; n * b];
             transpose(&w, &mut turned, b, n);
-            block = if i + 1 < DEPTH { turned.clone() } else { vec![] };
+            block = if i + 1 < depth { turned.clone() } else { vec![] };
             space.w.push(turned);
         }
         Ok(space)
@@ -255,7 +261,7 @@ pub fn top(matrix: &Matrix<'_>, rank: Rank, seed: u64, settings: &Settings, cont
         _ => STEP,
     };
     loop {
-        if 2 * b * DEPTH > small {
+        if 2 * b * depth(small) > small {
             let mut all = gram::decompose(matrix, settings, control)?;
             let r = choose(rank, &all.s, all.squares, floor).unwrap_or(all.s.len());
             cut(&mut all, matrix, r);
@@ -287,10 +293,13 @@ fn choose(rank: Rank, values: &[f64], squares: f64, floor: Option<f64>) -> Optio
         if share * squares <= 0.0 {
             return Some(0);
         }
-        values.iter().position(|s| {
-            sum += s * s;
-            sum >= share * squares
-        }).map(|i| i + 1)
+        values
+            .iter()
+            .position(|s| {
+                sum += s * s;
+                sum >= share * squares
+            })
+            .map(|i| i + 1)
     };
     match rank {
         Rank::Fixed(r) => Some(r),
@@ -326,7 +335,7 @@ pub(super) fn residual(squares: f64, s: &[f64]) -> f64 {
 pub fn floor(matrix: &Matrix<'_>, seed: u64, settings: &Settings, control: &Control) -> Result<f64> {
     let mut sweep = Sweep::new(matrix, settings, control)?;
     sweep.signs = Some(Philox::new(seed, matrix.name, SIGNS));
-    if 2 * STEP * DEPTH > matrix.small() {
+    if 2 * STEP * depth(matrix.small()) > matrix.small() {
         return Ok(gram::spectrum_of(&sweep)?.0.first().copied().unwrap_or(0.0));
     }
     let space = sweep.space(seed, STEP)?;
@@ -350,8 +359,7 @@ impl Space {
         let mut u = vec![0.0; rows * r];
         let mut v = vec![0.0; columns * r];
         for (i, (y, w)) in self.y.iter().zip(&self.w).enumerate() {
-            let part: Vec<f64> =
-                (0..self.b).flat_map(|j| x[(i * self.b + j) * kept..][..r].iter().copied()).collect();
+            let part: Vec<f64> = (0..self.b).flat_map(|j| x[(i * self.b + j) * kept..][..r].iter().copied()).collect();
             add_product(level, threads, &mut u, y, self.b, &part, r);
             add_product(level, threads, &mut v, w, self.b, &part, r);
         }
@@ -392,10 +400,15 @@ impl Space {
     }
 }
 
-/// The thin SVD of `u v^T`, whose factors have `k` columns.
+/// The thin SVD of `u v^T`, whose factors have `k` columns, rounded to f32.
 pub(super) fn finish(level: Level, threads: usize, u: Vec<f64>, v: Vec<f64>, k: usize, squares: f64) -> Triplets {
+    exactly(level, threads, u, v, k, squares).round()
+}
+
+/// The thin SVD of `u v^T`, whose factors have `k` columns.
+pub(super) fn exactly(level: Level, threads: usize, u: Vec<f64>, v: Vec<f64>, k: usize, squares: f64) -> Exact {
     if k == 0 {
-        return Triplets { squares, residual: squares.max(0.0).sqrt(), ..Triplets::default() };
+        return Exact { u: vec![], s: vec![], v: vec![], squares };
     }
     let (u, left) = factor(level, threads, u, k);
     let (v, right) = factor(level, threads, v, k);
@@ -416,8 +429,7 @@ pub(super) fn finish(level: Level, threads: usize, u: Vec<f64>, v: Vec<f64>, k: 
             v.iter_mut().skip(j).step_by(k).for_each(|x| *x = -*x);
         }
     }
-    let single = |x: Vec<f64>| x.into_iter().map(|x| x as f32).collect();
-    Triplets { rank: k, u: single(u), v: single(v), residual: residual(squares, &s), s, squares, floor: None }
+    Exact { u, s, v, squares }
 }
 
 /// `a = q r` with orthonormal `q`.
@@ -448,10 +460,16 @@ fn factor(level: Level, threads: usize, a: Vec<f64>, k: usize) -> (Vec<f64>, Vec
 /// [`Error::Usage`] for [`Rank::Noise`], which needs the elements.
 pub fn recompress(u: &[f32], v: &[f32], rows: usize, columns: usize, k: usize, rank: Rank) -> Result<Triplets> {
     if rank == Rank::Noise {
-        return Err(Error::Usage("the noise floor is found from a matrix's elements, not from its factors; name a rank or a share".into()));
+        return Err(Error::Usage(
+            "the noise floor is found from a matrix's elements, not from its factors; name a rank or a share".into(),
+        ));
     }
     if u.len() != rows * k || v.len() != columns * k {
-        return Err(Error::Usage(format!("factors of {} and {} elements are not {rows} x {k} and {columns} x {k}", u.len(), v.len())));
+        return Err(Error::Usage(format!(
+            "factors of {} and {} elements are not {rows} x {k} and {columns} x {k}",
+            u.len(),
+            v.len()
+        )));
     }
     let double = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
     let small = k.min(rows).min(columns);

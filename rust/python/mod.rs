@@ -152,20 +152,40 @@ mod _reasonvec {
         enter(py, None, |_| inspect::corrections(&terms, name, elements, start..stop, Operands(&operands)))
     }
 
-    /// Singular triplets of one matrix of a plan: U `[m, r]`, S `[r]` (F64), V^T `[r, n]`, and the
-    /// rest as JSON.
+    /// Singular triplets of one matrix of a plan: U `[m, r]`, S `[r]` (F64), V^T `[r, n]`, and the rest as JSON. U and V^T are F32, or F64 if `double`,
+    /// which is for the smallest ones.
     #[pyfunction]
-    #[pyo3(signature = (plan, operands: "Sequence[Checkpoint | VectorFolder]", progress: "Callable[[int, int], object] | None" = None))]
+    #[pyo3(signature = (plan, operands: "Sequence[Checkpoint | VectorFolder]", progress: "Callable[[int, int], object] | None" = None, double=false))]
     fn svd(
         py: Python<'_>,
         plan: &str,
         operands: Vec<Py<PyAny>>,
         progress: Option<Py<PyAny>>,
+        double: bool,
     ) -> PyResult<(Tensor, Tensor, Tensor, String)> {
         let plan: linalg::plan::SvdPlan = parse(py, plan)?;
         let operands = opened(py, &operands)?;
-        let (matrix, found) = enter(py, progress, |control| linalg::plan::svd(&plan, Operands(&operands), control))?;
-        triplets(py, matrix, found)
+        let operands = Operands(&operands);
+        if !double {
+            let (matrix, found) = enter(py, progress, |control| linalg::plan::svd(&plan, operands, control))?;
+            return triplets(py, matrix, found);
+        }
+        let ([rows, columns], found, turned) = enter(py, progress, |control| {
+            let (shape, found) = linalg::plan::svd_exact(&plan, operands, control)?;
+            let mut turned = vec![0.0f64; found.v.len()];
+            linalg::dense::transpose(&found.v, &mut turned, shape[1], found.s.len());
+            Ok((shape, found, turned))
+        })?;
+        let u = Storage::Double(found.u.clone());
+        let Triplets { rank, s, squares, residual, floor, .. } = found.round();
+        let rest = serde_json::json!({"rank": rank, "squares": squares, "residual": residual, "floor": floor});
+        let r = rank as u64;
+        Ok((
+            Tensor::new(u, 0, Dtype::F64, vec![rows as u64, r]),
+            Tensor::new(Storage::Double(s), 0, Dtype::F64, vec![r]),
+            Tensor::new(Storage::Double(turned), 0, Dtype::F64, vec![r, columns as u64]),
+            report(py, &rest)?,
+        ))
     }
 
     /// Singular triplets, as `svd` gives them, of a product of thin factors: u is rows x k and v
