@@ -290,6 +290,11 @@ impl MethodPlan {
         if let Some((what, x)) = numbers.iter().find(|(_, x)| !x.is_finite()) {
             return Some(format!("{name}: {what} is {x}, it must be a finite number"));
         }
+        if let Self::Nearswap { t } = self
+            && *t < 0.0
+        {
+            return Some(format!("{name}: t is {t}, it is a distance"));
+        }
         if let Self::Dare { density, rescale: Rescale::Density, .. } = self
             && density.contains(&0.0)
         {
