@@ -270,12 +270,7 @@ fn a_nan_that_a_mask_would_drop_is_an_error_all_the_same() {
         }
         let out = models.folder.path().join("nan");
         let error = apply(&models.plan(&out, &method, base, n, how(2, 64 * MIB)), &models.operands).unwrap_err();
-        assert!(
-            matches!(&error, Error::NonFinite { index: 270_000, .. })
-                || method["kind"] == "slerp"
-                || error.to_string().contains("NaN"),
-            "{method}: {error}"
-        );
+        assert!(matches!(&error, Error::NonFinite { index: 270_000, .. }), "{method}: {error}");
         std::fs::remove_dir_all(&out).unwrap();
     }
 }

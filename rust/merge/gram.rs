@@ -61,16 +61,8 @@ fn pairs(n: usize) -> usize {
 }
 
 fn square(n: usize, pairs: impl Fn(usize) -> f64) -> Vec<Vec<f64>> {
-    let mut g = vec![vec![0.0; n]; n];
-    let mut at = 0;
-    for i in 0..n {
-        for j in i..n {
-            g[i][j] = pairs(at);
-            g[j][i] = g[i][j];
-            at += 1;
-        }
-    }
-    g
+    let place = |i: usize, j: usize| i.min(j) * n - i.min(j) * (i.min(j) + 1) / 2 + i.max(j);
+    (0..n).map(|i| (0..n).map(|j| pairs(place(i, j))).collect()).collect()
 }
 
 fn normalized(weights: &[f64], name: &str) -> Result<Vec<f64>> {
@@ -167,11 +159,18 @@ impl Gram {
     }
 
     /// Reads every input of at most MICRO elements.
-    fn read<W: Work>(points: &mut Points<'_, '_, W>, lanes: &mut Lanes<W>, elements: &Range<u64>) -> Result<()> {
+    fn read<W: Work>(
+        worker: Worker<'_>,
+        job: &Job,
+        points: &mut Points<'_, '_, W>,
+        lanes: &mut Lanes<W>,
+        elements: &Range<u64>,
+    ) -> Result<()> {
         let n = (elements.end - elements.start) as usize;
         points.base(&mut lanes.base[..n], elements);
         for i in 0..points.readers.len() {
-            points.input(i, &mut lanes.inputs[i][..n], &lanes.base[..n], elements)?;
+            let finite = points.input(i, &mut lanes.inputs[i][..n], &lanes.base[..n], elements)?;
+            worker.check::<W>(job, finite, elements)?;
         }
         Ok(())
     }
@@ -193,7 +192,7 @@ impl Gram {
         for (block, range) in tile.blocks() {
             let mut sums = vec![0.0; pairs(inputs)];
             for elements in micros(range) {
-                Self::read(&mut points, lanes, &elements)?;
+                Self::read(worker, job, &mut points, lanes, &elements)?;
                 Self::add_dots(worker, lanes, inputs, (elements.end - elements.start) as usize, &mut sums);
             }
             let mut gathered = self.gathered.lock().unwrap_or_else(PoisonError::into_inner);
@@ -229,7 +228,7 @@ impl Gram {
                 if stop > window.end {
                     break;
                 }
-                Self::read(&mut points, lanes, &(at..stop))?;
+                Self::read(worker, job, &mut points, lanes, &(at..stop))?;
                 Self::add_dots(worker, lanes, inputs, (stop - at) as usize, &mut of_block);
                 at = stop;
                 let ends = at.is_multiple_of(row) || at == end;
@@ -267,7 +266,7 @@ impl Gram {
                 let mut sums = self.gathered.lock().unwrap_or_else(PoisonError::into_inner);
                 sums.resize(pairs(inputs), vec![0.0; columns as usize]);
                 for elements in micros(range.clone()) {
-                    Self::read(&mut points, lanes, &elements)?;
+                    Self::read(worker, job, &mut points, lanes, &elements)?;
                     for (column, part) in runs(&elements, columns) {
                         let mut at = 0;
                         for i in 0..inputs {
