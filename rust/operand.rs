@@ -373,6 +373,16 @@ impl<W: Work> Reader<'_, W> {
         }
     }
 
+    /// The format and the bytes of some elements, where the term is one tensor as it is.
+    pub fn plain(&self, elements: &Range<u64>) -> Option<(Dtype, &[u8])> {
+        match &self.kind {
+            Kind::Straight(Straight::Tensor { window, dtype, from }) => {
+                Some((*dtype, &window[part(window, *dtype, *from, elements)]))
+            }
+            _ => None,
+        }
+    }
+
     /// The corrections of a block: positions inside it, and what the coefficient makes of them.
     ///
     /// # Errors

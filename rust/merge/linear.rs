@@ -212,7 +212,7 @@ fn check_equal(job: &Job, a: &TensorView, b: &TensorView, x: &[u8], y: &[u8], fr
 const OVERFLOW: &str = "the sum does not fit the output's format; use a smaller alpha or --out-dtype float32";
 
 /// Which input is not finite among some elements of which a method says that one is.
-fn blame_input<W: Work>(job: &Job, level: Level, elements: Range<u64>, pool: &Pool) -> Error {
+pub(super) fn blame_input<W: Work>(job: &Job, level: Level, elements: Range<u64>, pool: &Pool) -> Error {
     let tensors: Vec<&TensorView> = job.target.iter().map(|(_, t)| t).collect();
     match first_nonfinite::<W>(&job.name, &tensors, &job.terms, level, elements.clone(), pool) {
         Ok(Some(error)) | Err(error) => error,

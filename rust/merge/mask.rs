@@ -129,14 +129,6 @@ impl Bound {
         (at as usize, self.key, self.key.saturating_add(1))
     }
 
-    /// Keeps what is taken.
-    fn keep<W: Work>(self, level: Level, x: &mut [W], elements: &Range<u64>) {
-        let (at, before, after) = self.split(elements);
-        let (head, tail) = x.split_at_mut(at);
-        dispatch::trim(level, head, magnitude::<W>(before), magnitude::<W>(u64::MAX));
-        dispatch::trim(level, tail, magnitude::<W>(after), magnitude::<W>(u64::MAX));
-    }
-
     /// Keeps what is not taken.
     fn drop<W: Work>(self, level: Level, x: &mut [W], elements: &Range<u64>) {
         let (at, before, after) = self.split(elements);
@@ -422,14 +414,10 @@ impl Mask {
         let solved = match &self.rule {
             Rule::Chosen { choices, .. } => {
                 let scale = |i: usize| match (&choices[i], pair(i)) {
-                    (Choice::Random { .. } | Choice::Ranked { .. }, (Some(all), Some(left))) => {
-                        if left > 0.0 {
-                            all / left
-                        } else {
-                            1.0
-                        }
+                    (Choice::Random { .. } | Choice::Ranked { .. }, (Some(all), Some(left))) if left > 0.0 => {
+                        all / left
                     }
-                    (Choice::Random { scale, .. }, _) => *scale,
+                    (Choice::Random { scale, .. }, (None, _)) => *scale,
                     _ => 1.0,
                 };
                 models.map(scale).collect()
@@ -464,7 +452,8 @@ impl Mask {
             let mut opened = Opened::new(worker.level, job, &place, worker.pool)?;
             let mut points = opened.points();
             for elements in micros(place) {
-                self.values(&mut points, &mut scratch.lanes, &elements)?;
+                let finite = self.values(&mut points, &mut scratch.lanes, &elements)?;
+                worker.check::<W>(job, finite, &elements)?;
                 let n = (elements.end - elements.start) as usize;
                 for (i, sample) in samples.iter_mut().enumerate() {
                     sample.extend_from_slice(&self.stream(&scratch.lanes, i)[..n]);
@@ -538,7 +527,8 @@ impl Mask {
         let mut opened = Opened::new(worker.level, job, &tile.elements, worker.pool)?;
         let mut points = opened.points();
         for elements in micros(tile.elements.clone()) {
-            self.values(&mut points, &mut scratch.lanes, &elements)?;
+            let finite = self.values(&mut points, &mut scratch.lanes, &elements)?;
+            worker.check::<W>(job, finite, &elements)?;
             let n = (elements.end - elements.start) as usize;
             for ((pass, tally), &input) in passes.iter().zip(&mut scratch.tallies).zip(&self.over) {
                 if let Some(pass) = pass {
@@ -559,13 +549,14 @@ impl Mask {
         let models = self.weights.len();
         let mut opened = Opened::new(worker.level, job, &tile.elements, worker.pool)?;
         let mut points = opened.points();
-        let ones = vec![W::from_f64(1.0); MICRO];
+        let ones = [W::from_f64(1.0); MICRO];
         for (block, range) in tile.blocks() {
             self.begin(worker, job, &mut points, range.clone(), scratch)?;
             let mut sums = vec![0.0; if matches!(self.rule, Rule::Sce { .. }) { models } else { 2 * models }];
             for elements in micros(range.clone()) {
                 let n = (elements.end - elements.start) as usize;
-                self.values(&mut points, &mut scratch.lanes, &elements)?;
+                let finite = self.values(&mut points, &mut scratch.lanes, &elements)?;
+                worker.check::<W>(job, finite, &elements)?;
                 match &self.rule {
                     Rule::Chosen { choices, .. } => {
                         for (i, choice) in choices.iter().enumerate() {
@@ -857,28 +848,38 @@ impl<W: Work> Update<W> for Combine<'_, W> {
         let finite = mask.values(points, &mut self.scratch.lanes, &elements)?;
         match &mask.rule {
             Rule::Chosen { choices, agreement } => {
+                let Scratch { lanes: Lanes { inputs, more, .. }, words, bounds, chosen, .. } = &mut *self.scratch;
+                let sum = &mut more[SUM][..n];
+                sum.fill(W::ZERO);
                 for (i, choice) in choices.iter().enumerate() {
                     let c = W::from_f64(mask.weights[i] * self.solved[i]);
-                    let x = &mut self.scratch.lanes.inputs[i][..n];
+                    let x = &mut inputs[i][..n];
+                    let mut floor = [W::Magnitude::default(); 2];
+                    let mut at = n;
                     match choice {
                         Choice::All => {}
-                        Choice::Largest(search) => self.scratch.bounds[*search].keep(level, x, &elements),
+                        Choice::Largest(search) => {
+                            let (cut, before, after) = bounds[*search].split(&elements);
+                            (at, floor) = (cut, [magnitude::<W>(before), magnitude::<W>(after)]);
+                        }
                         Choice::Between(kept, most) => {
-                            self.scratch.bounds[*kept].keep(level, x, &elements);
-                            self.scratch.bounds[*most].drop(level, x, &elements);
+                            bounds[*most].drop(level, x, &elements);
+                            let (cut, before, after) = bounds[*kept].split(&elements);
+                            (at, floor) = (cut, [magnitude::<W>(before), magnitude::<W>(after)]);
                         }
                         Choice::Random { generator, bound, .. } => {
-                            let words = &mut self.scratch.words[..n];
+                            let words = &mut words[..n];
                             dispatch::words(level, words, *generator, elements.start);
-                            dispatch::keep_random(level, x, words, *bound, c);
-                            continue;
+                            dispatch::keep_random(level, x, words, *bound, W::from_f64(1.0));
                         }
                         Choice::Ranked { .. } => {
                             let from = (elements.start - self.block) as usize;
-                            x.copy_from_slice(&self.scratch.chosen[i][from..from + n]);
+                            x.copy_from_slice(&chosen[i][from..from + n]);
                         }
                     }
-                    dispatch::scale(level, x, c);
+                    let ((x, rest), (sum, rest_of_sum)) = (x.split_at_mut(at), sum.split_at_mut(at));
+                    dispatch::keep_scaled(level, x, sum, floor[0], c);
+                    dispatch::keep_scaled(level, rest, rest_of_sum, floor[1], c);
                 }
                 consensus(level, *agreement, &mask.weights, &mut self.scratch.lanes, u);
             }
@@ -890,9 +891,13 @@ impl<W: Work> Update<W> for Combine<'_, W> {
                 }
                 mask.select(level, self.scratch, &elements);
                 let Lanes { inputs, more, .. } = &mut self.scratch.lanes;
+                let [_, sum, sign] = more;
+                let sum = &mut sum[..n];
+                sum.fill(W::ZERO);
                 for (input, &w) in inputs.iter_mut().zip(self.solved) {
-                    dispatch::keep_agreeing(level, &mut input[..n], &more[2][..n]);
-                    dispatch::scale(level, &mut input[..n], W::from_f64(w));
+                    let input = &mut input[..n];
+                    dispatch::keep_agreeing(level, input, &sign[..n]);
+                    dispatch::keep_scaled(level, input, sum, W::Magnitude::default(), W::from_f64(w));
                 }
                 consensus(level, *agreement, self.solved, &mut self.scratch.lanes, u);
             }
@@ -922,31 +927,30 @@ impl<W: Work> Update<W> for Combine<'_, W> {
     }
 }
 
-/// Adds what stays of each input, already multiplied by `c_i = w_i * scale_i` (f64, rounded once). With `elect`, the sign is that of the sum of all, zero
-/// counting as positive, and only what has that sign counts (arXiv 2306.01708, section 3). With `normalize`, the sum is divided by
-/// the weights of what counts (each rounded, added in order), or by all of them without an election. `u = lambda * (sum / divisor)`.
+/// Which of a worker's buffers holds the sum of all that stays, for [`consensus`].
+const SUM: usize = 1;
+
+/// Adds what stays of each input, already multiplied by `c_i = w_i * scale_i` (f64, rounded once), whose sum over the models is made. With `elect`,
+/// the sign is that of the sum, zero counting as positive, and only what has that sign counts (arXiv 2306.01708, section 3). With
+/// `normalize`, what counts is divided by its weights (each rounded, added in order), or by all of them without an election.
+/// `u = lambda * (sum / divisor)`.
 fn consensus<W: Work>(level: Level, agreement: Agreement, weights: &[f64], lanes: &mut Lanes<W>, u: &mut [W]) {
     let n = u.len();
-    let Lanes { inputs, more: [share, sign, _], .. } = lanes;
-    let (share, sign) = (&mut share[..n], &mut sign[..n]);
-    u.fill(W::ZERO);
+    let Lanes { inputs, more: [share, sum, _], .. } = lanes;
+    let (share, sum, lambda) = (&mut share[..n], &sum[..n], W::from_f64(agreement.lambda));
     if agreement.elect {
-        sign.fill(W::ZERO);
+        u.fill(W::ZERO);
         share.fill(W::ZERO);
-        for input in &inputs[..weights.len()] {
-            dispatch::add(level, sign, &input[..n]);
-        }
         for (input, &w) in inputs.iter().zip(weights) {
-            dispatch::add_agreeing(level, u, share, &input[..n], sign, W::from_f64(w));
+            dispatch::add_agreeing(level, u, share, &input[..n], sum, W::from_f64(w));
         }
     } else {
-        for input in &inputs[..weights.len()] {
-            dispatch::add(level, u, &input[..n]);
-        }
+        u.copy_from_slice(sum);
         share.fill(W::from_f64(weights.iter().fold(0.0, |sum, w| sum + w)));
     }
     if agreement.normalize {
-        dispatch::divide(level, u, share, W::from_f64(TINY));
+        dispatch::divide(level, u, share, W::from_f64(TINY), lambda);
+    } else {
+        dispatch::scale(level, u, lambda);
     }
-    dispatch::scale(level, u, W::from_f64(agreement.lambda));
 }

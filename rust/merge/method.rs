@@ -1,14 +1,19 @@
 //! The methods that look at their models before they combine them: what a plan says of one, and what is kept of it while a run lasts.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
+use crate::bf16::Work;
 use crate::operand::{Source, Term};
+use crate::store::map::Pool;
 use crate::stream::Control;
 use crate::{Error, Result};
 
 use super::gram::Gram;
+use super::linear::blame_input;
 use super::mask::Mask;
-use super::prepare::TensorPlan;
+use super::prepare::{Job, TensorPlan};
 
 /// How the models of a tensor are merged. Models come in the order of the terms, whose coefficients are their weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -290,6 +295,11 @@ impl MethodPlan {
         if let Some((what, x)) = numbers.iter().find(|(_, x)| !x.is_finite()) {
             return Some(format!("{name}: {what} is {x}, it must be a finite number"));
         }
+        if let Self::Nearswap { t } = self
+            && *t < 0.0
+        {
+            return Some(format!("{name}: t is {t}, it is a distance"));
+        }
         if let Self::Dare { density, rescale: Rescale::Density, .. } = self
             && density.contains(&0.0)
         {
@@ -305,7 +315,7 @@ pub(super) enum Method {
     /// Coefficients from a Gram matrix.
     Gram(Gram),
     /// Masks.
-    Mask(Mask),
+    Mask(Box<Mask>),
 }
 
 /// A tensor as methods see it.
@@ -351,7 +361,7 @@ impl Method {
         let shape = Shape { name: &plan.name, dims: &plan.shape, elements, double };
         Ok(Some(match Gram::new(method, &weights, shape)? {
             Some(gram) => Self::Gram(gram),
-            None => Self::Mask(Mask::new(method, weights, shape)?),
+            None => Self::Mask(Box::new(Mask::new(method, weights, shape)?)),
         }))
     }
 
@@ -417,5 +427,16 @@ impl Method {
 pub(super) struct Worker<'a> {
     pub(super) level: crate::simd::Level,
     pub(super) control: &'a Control,
-    pub(super) pool: &'a crate::store::map::Pool,
+    pub(super) pool: &'a Pool,
+    pub(super) allow_nonfinite: bool,
+}
+
+impl Worker<'_> {
+    /// Refuses inputs that are not finite, before they get into a sum over the tensor.
+    pub(super) fn check<W: Work>(&self, job: &Job, finite: bool, elements: &Range<u64>) -> Result<()> {
+        if finite || self.allow_nonfinite {
+            return Ok(());
+        }
+        Err(blame_input::<W>(job, self.level, elements.clone(), self.pool))
+    }
 }

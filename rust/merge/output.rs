@@ -289,7 +289,7 @@ impl Run<'_> {
         };
         if !method.skips(visit.stage) {
             let Scratch { pool, single, double, .. } = scratch;
-            let worker = Worker { level: self.how.level, control: self.control, pool };
+            let worker = self.worker(pool);
             if job.double {
                 measure(method, visit.stage, worker, job, tile, double)?;
             } else {
@@ -308,6 +308,11 @@ impl Run<'_> {
         Ok(())
     }
 
+    fn worker<'w>(&'w self, pool: &'w Pool) -> Worker<'w> {
+        let How { level, allow_nonfinite, .. } = self.how;
+        Worker { level, control: self.control, pool, allow_nonfinite }
+    }
+
     fn combine(&self, scratch: &mut Scratch, visit: Visit, tile: &Tile) -> Result<()> {
         let job = self.jobs[visit.tensor];
         let writer = lock(&self.shards[job.shard].writer).clone();
@@ -318,7 +323,7 @@ impl Run<'_> {
             copy_tile(&self.how, job, tile, &writer, pool)?
         } else {
             out.resize((tile.elements.end - tile.elements.start) as usize * job.dtype.size(), 0);
-            let worker = Worker { level: self.how.level, control: self.control, pool };
+            let worker = self.worker(pool);
             let result = with_element!(job.dtype, O => if job.double {
                 with_update(job, worker, &mut double.method, &mut |update| combine_tile::<O, f64>(&self.how, job, tile, pool, out, &mut double.update, corrections, update))?
             } else {

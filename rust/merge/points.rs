@@ -69,6 +69,10 @@ impl<W: Work> Points<'_, '_, W> {
 
     /// A model less the base, or the model where there is none. Whether all of it is finite.
     pub(super) fn input(&mut self, i: usize, into: &mut [W], base: &[W], elements: &Range<u64>) -> Result<bool> {
+        if let (Some(_), Some((dtype, bytes))) = (self.base, self.readers[i].plain(elements)) {
+            let largest = with_element!(dtype, E => dispatch::task::<E, W>(self.level, into, bytes, base));
+            return Ok(W::from_magnitude(largest).is_finite());
+        }
         self.model(i, into, elements)?;
         let largest = if self.base.is_some() {
             dispatch::less(self.level, into, base)

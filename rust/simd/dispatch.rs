@@ -114,6 +114,14 @@ stamp!(
     less [W: Work] (x: &mut [W], base: &[W]) -> W::Magnitude
 );
 stamp!(
+    /// [`kernel::task`] at a level.
+    task [E: Element, W: Work] (into: &mut [W], x: &[u8], base: &[W]) -> W::Magnitude
+);
+stamp!(
+    /// [`kernel::keep_scaled`] at a level.
+    keep_scaled [W: Work] (x: &mut [W], sum: &mut [W], floor: W::Magnitude, c: W)
+);
+stamp!(
     /// [`kernel::largest`] at a level.
     largest [W: Work] (x: &[W]) -> W::Magnitude
 );
@@ -151,7 +159,7 @@ stamp!(
 );
 stamp!(
     /// [`kernel::divide`] at a level.
-    divide [W: Work] (acc: &mut [W], share: &[W], least: W)
+    divide [W: Work] (acc: &mut [W], share: &[W], least: W, c: W)
 );
 stamp!(
     /// [`kernel::absolute`] at a level.

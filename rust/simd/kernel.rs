@@ -478,6 +478,18 @@ pub fn less<W: Work>(x: &mut [W], base: &[W]) -> W::Magnitude {
     largest
 }
 
+/// `into = x - base`; the largest magnitude of the result.
+#[inline(always)]
+pub fn task<E: Element, W: Work>(into: &mut [W], x: &[u8], base: &[W]) -> W::Magnitude {
+    let mut largest = W::Magnitude::default();
+    for ((into, x), &b) in into.iter_mut().zip(elements::<E>(x)).zip(base) {
+        let d = W::widen(x) - b;
+        largest = largest.max(d.magnitude());
+        *into = d;
+    }
+    largest
+}
+
 /// The largest magnitude.
 #[inline(always)]
 pub fn largest<W: Work>(x: &[W]) -> W::Magnitude {
@@ -493,7 +505,7 @@ pub fn sift<W: Work>(bits: &mut [u64], x: &[W], lo: W::Magnitude, hi: W::Magnitu
     }
     for (word, x) in bits.iter_mut().zip(x.chunks(64)) {
         *word = 0;
-        if let Some(x) = x.as_array::<64>() {
+        if let Some(x) = x.first_chunk::<64>() {
             let mut found = 0u64;
             for (j, x) in x.iter().enumerate() {
                 let key = x.magnitude();
@@ -526,6 +538,16 @@ pub fn trim<W: Work>(x: &mut [W], floor: W::Magnitude, ceiling: W::Magnitude) {
     for x in x {
         let key = x.magnitude();
         *x = if (key >= floor) & (key < ceiling) { *x } else { W::ZERO };
+    }
+}
+
+/// `x = c * x` where the magnitude is at least `floor`, else zero; and `sum = sum + x`.
+#[inline(always)]
+pub fn keep_scaled<W: Work>(x: &mut [W], sum: &mut [W], floor: W::Magnitude, c: W) {
+    for (x, sum) in x.iter_mut().zip(sum) {
+        let kept = if x.magnitude() >= floor { c * *x } else { W::ZERO };
+        *x = kept;
+        *sum = *sum + kept;
     }
 }
 
@@ -576,12 +598,12 @@ pub fn add_agreeing<W: Work>(acc: &mut [W], share: &mut [W], x: &[W], sign: &[W]
     }
 }
 
-/// `acc = acc / share`, but `acc` itself where the magnitude of `share` is below `least`.
+/// `acc = c * (acc / share)`, but `c * acc` where the magnitude of `share` is below `least`.
 #[inline(always)]
-pub fn divide<W: Work>(acc: &mut [W], share: &[W], least: W) {
+pub fn divide<W: Work>(acc: &mut [W], share: &[W], least: W, c: W) {
     for (acc, &share) in acc.iter_mut().zip(share) {
         let by = if share.abs() < least { W::from_f64(1.0) } else { share };
-        *acc = *acc / by;
+        *acc = c * (*acc / by);
     }
 }
 
