@@ -376,20 +376,31 @@ def test_bfloat16_work_differs_by_its_own_rounding(tmp_path: Path) -> None:
             assert np.mean(far) < 0.0005, (recipe.method, name)
 
 
-@pytest.mark.parametrize("density", [0.3, 0.7])
-@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
-def test_random_methods_agree_but_for_the_dice(method: str, density: float, tmp_path: Path) -> None:
+def test_random_methods_agree_but_for_the_dice(tmp_path: Path) -> None:
     """Given the elements that mergekit kept, our sum is its output; and it keeps as many as we do.
 
     One model, whose every element moved, so that a kept element shows. L1 rescale is its numerics.
     """
     family = make_models(tmp_path, "llama", ["F32"] * 2, moved=1.0)
-    epsilon = 0.2 if method.startswith("della") else 0.0
-    each = weighted(0.6, density=density, epsilon=epsilon)
-    recipe = Recipe(method, [1], 0, {}, each, seed=7)
-    (theirs,) = mergekit([recipe], family, tmp_path / "out")
-    assert not isinstance(theirs, str), theirs
-    normalize = method == "della"
+    recipes = [
+        Recipe(method, [1], 0, {}, weighted(0.6, density=density, epsilon=epsilon), seed=7)
+        for method, epsilon in (
+            ("dare_linear", 0.0),
+            ("dare_ties", 0.0),
+            ("della", 0.2),
+            ("della_linear", 0.2),
+        )
+        for density in (0.3, 0.7)
+    ]
+    for recipe, theirs in zip(recipes, mergekit(recipes, family, tmp_path / "out"), strict=True):
+        assert not isinstance(theirs, str), theirs
+        assert_same_but_for_the_dice(recipe, family, theirs)
+
+
+def assert_same_but_for_the_dice(recipe: Recipe, family: Family, theirs: Tensors) -> None:
+    """The sum, by the mask that the output shows; and the size of that mask, above and below."""
+    (density,), (epsilon,) = numbers(recipe, "density", 1.0), numbers(recipe, "epsilon", 0.0)
+    elect, normalize = recipe.method in ELECTING, recipe.method == "della"
     hits, expected, variance = np.zeros(2), np.zeros(2), np.zeros(2)
     for name, tensor in theirs.items():
         base, model = family.values(0, name), family.values(1, name)
@@ -397,10 +408,10 @@ def test_random_methods_agree_but_for_the_dice(method: str, density: float, tmp_
         kept = merged != base
         (d,) = ref.tasks([model], base)
         scale = ref.rescaled(d, kept, density, "l1")
-        u = ref.consensus([d], [kept], [0.6], [scale], method in ELECTING, normalize)
+        u = ref.consensus([d], [kept], [0.6], [scale], elect, normalize)
         # Its sum of magnitudes is F32, so the factor is not ours to the last place.
         bound = 4 * units(recipe, family, name) + 1e-5 * np.abs(u)
-        assert (np.abs(base + u - merged) <= bound).all(), name
+        assert (np.abs(base + u - merged) <= bound).all(), (recipe, name)
         shape = family.shape(name)
         columns = shape[-1] if len(shape) > 1 else d.size
         chance = ref.della_probabilities(d, columns, density, epsilon)
@@ -409,7 +420,7 @@ def test_random_methods_agree_but_for_the_dice(method: str, density: float, tmp_
             hits[half] += np.count_nonzero(kept & members)
             expected[half] += chance[members].sum()
             variance[half] += (chance * (1 - chance))[members].sum()
-    assert (np.abs(hits - expected) < 5 * np.sqrt(variance) + 1).all(), (hits, expected)
+    assert (np.abs(hits - expected) < 5 * np.sqrt(variance) + 1).all(), (recipe, hits, expected)
 
 
 def test_arcee_fusion_agrees_but_at_its_threshold(tmp_path: Path) -> None:
