@@ -1,0 +1,171 @@
+"""Every merge method of the core gives the bits of `reasonvec.reference`, through real files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shards import Stored, read_shard, stored, write_checkpoint
+
+from reasonvec import _reasonvec as core
+from reasonvec import reference as ref
+from reasonvec.reference import Dtype, Work
+
+SHAPES: dict[str, tuple[int, ...]] = {"matrix": (83, 129), "norm": (77,), "large": (2, 140_000)}
+WEIGHTS = [0.5, 0.3, -0.2]
+DENSITY = [0.2, 0.5, 0.7]
+SEED = 11
+Update = Callable[[list[Work], Work, int, str], Work]
+
+EVEN = {"normalize": True, "lambda": 0.7}
+W2 = WEIGHTS[:2]
+CASES: dict[str, tuple[dict[str, object], bool, int, Update]] = {
+    "slerp": ({"kind": "slerp", "t": 0.3}, False, 2, lambda x, b, c, n: ref.slerp(x[0], x[1], 0.3)),
+    "nuslerp": (
+        {"kind": "nuslerp", "row_wise": False, "flatten": True}, True, 2,
+        lambda x, b, c, n: ref.nuslerp(x, W2, c, b),
+    ),
+    "nuslerp rows": (
+        {"kind": "nuslerp", "row_wise": True, "flatten": False}, False, 2,
+        lambda x, b, c, n: ref.nuslerp(x, W2, c, None, False, True),
+    ),
+    "nuslerp columns": (
+        {"kind": "nuslerp", "row_wise": False, "flatten": False}, True, 2,
+        lambda x, b, c, n: ref.nuslerp(x, W2, c, b, False, False),
+    ),
+    "multislerp": (
+        {"kind": "multislerp", "normalize_weights": True, "eps": 1e-8}, True, 3,
+        lambda x, b, c, n: ref.multislerp(x, WEIGHTS, b),
+    ),
+    "karcher": (
+        {"kind": "karcher", "max_iter": 10, "tol": 1e-5}, False, 3,
+        lambda x, b, c, n: ref.karcher(x),
+    ),
+    "model_stock": (
+        {"kind": "model_stock", "filter_wise": False}, True, 3,
+        lambda x, b, c, n: ref.model_stock(x, b, c),
+    ),
+    "model_stock rows": (
+        {"kind": "model_stock", "filter_wise": True}, True, 3,
+        lambda x, b, c, n: ref.model_stock(x, b, c, True),
+    ),
+    "ties": (
+        {"kind": "ties", "density": DENSITY} | EVEN, True, 3,
+        lambda x, b, c, n: ref.ties(x, b, WEIGHTS, DENSITY, True, 0.7),
+    ),
+    "sce": (
+        {"kind": "sce", "select_topk": 0.4, "lambda": 1.0}, True, 3,
+        lambda x, b, c, n: ref.sce(x, b, 0.4),
+    ),
+    "sce all": (
+        {"kind": "sce", "select_topk": 1.0, "lambda": 1.0}, True, 3,
+        lambda x, b, c, n: ref.sce(x, b),
+    ),
+    "ram": (
+        {"kind": "ram", "plus": False, "epsilon": 0.002, "r": 0.1, "alpha": 0.2}, True, 3,
+        lambda x, b, c, n: ref.ram(x, b, False, 0.002),
+    ),
+    "ram plus": (
+        {"kind": "ram", "plus": True, "epsilon": 0.002, "r": 0.5, "alpha": 2.0}, True, 3,
+        lambda x, b, c, n: ref.ram(x, b, True, 0.002, 0.5, 2.0),
+    ),
+    "nearswap": (
+        {"kind": "nearswap", "t": 0.003}, False, 2,
+        lambda x, b, c, n: ref.nearswap(x[0], x[1], 0.003),
+    ),
+    "arcee_fusion": (
+        {"kind": "arcee_fusion"}, True, 1, lambda x, b, c, n: ref.arcee_fusion(x[0], b, c)
+    ),
+}  # fmt: skip
+for elect in (False, True):
+    for rescale in ("none", "density", "l1"):
+        CASES[f"dare {elect} {rescale}"] = (
+            {"kind": "dare", "density": DENSITY, "seed": SEED, "rescale": rescale, "consensus": elect}
+            | EVEN,
+            True, 3,
+            lambda x, b, c, n, e=elect, r=rescale: ref.dare(
+                x, b, WEIGHTS, DENSITY, SEED, n, e, True, r, 0.7
+            ),
+        )  # fmt: skip
+        CASES[f"della {elect} {rescale}"] = (
+            {"kind": "della", "density": DENSITY, "epsilon": [0.1] * 3, "seed": SEED}
+            | {"rescale": rescale, "consensus": elect} | EVEN,
+            True, 3,
+            lambda x, b, c, n, e=elect, r=rescale: ref.della(
+                x, b, WEIGHTS, DENSITY, [0.1] * 3, SEED, n, c, e, True, r, 0.7
+            ),
+        )  # fmt: skip
+    CASES[f"breadcrumbs {elect}"] = (
+        {"kind": "breadcrumbs", "density": DENSITY, "gamma": [0.01] * 3, "consensus": elect} | EVEN,
+        True, 3,
+        lambda x, b, c, n, e=elect: ref.breadcrumbs(x, b, WEIGHTS, DENSITY, [0.01] * 3, e, True, 0.7),
+    )  # fmt: skip
+
+
+def tensors_of(model: int, dtype: Dtype) -> dict[str, Stored]:
+    tensors = {}
+    for name, shape in SHAPES.items():
+        start = np.random.default_rng(len(name)).normal(size=shape) * 0.05
+        own = np.random.default_rng(100 * model + len(name))
+        moved = own.normal(size=shape) * 0.004 * (own.random(shape) < 0.8)
+        bits = ref.narrow((start + (moved if model else 0.0)).ravel(), dtype)
+        tensors[name] = stored(dtype, bits, shape)
+    return tensors
+
+
+def merge(
+    folders: Sequence[Path],
+    out: Path,
+    method: dict[str, object],
+    base: bool,
+    models: int,
+    dtype: Dtype,
+) -> dict[str, Stored]:
+    out.mkdir()
+    tensors = [
+        {
+            "name": name,
+            "dtype": dtype,
+            "shape": shape,
+            "target": {"operand": 0, "name": name} if base else None,
+            "terms": [
+                {"coefficient": WEIGHTS[i], "source": {"tensor": {"operand": i + 1, "name": name}}}
+                for i in range(models)
+            ],
+            "method": method,
+        }
+        for name, shape in SHAPES.items()
+    ]
+    plan = {
+        "out": str(out),
+        "shards": [{"file": "model.safetensors", "tensors": tensors}],
+        "threads": 2,
+        "memory_budget": 64 << 20,
+        "sync": False,
+    }
+    core.apply(json.dumps(plan), [core.Checkpoint(folder) for folder in folders])
+    return read_shard(out / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F64"])
+def test_every_method_has_the_bits_of_the_reference(dtype: Dtype, tmp_path: Path) -> None:
+    """Weights of both signs, equal magnitudes (BF16), rows beyond a block, vectors, every option."""
+    tensors = [tensors_of(model, dtype) for model in range(4)]
+    folders = [write_checkpoint(tmp_path / str(i), t) for i, t in enumerate(tensors)]
+    work = ref.work_dtype(dtype)
+    wrong = []
+    for place, (case, (method, base, models, update)) in enumerate(CASES.items()):
+        found = merge(folders, tmp_path / f"out{place}", method, base, models, dtype)
+        for name, shape in SHAPES.items():
+            values = [ref.widen(t[name].bits, dtype, work) for t in tensors]
+            columns = shape[-1] if len(shape) > 1 else values[0].size
+            u = update(values[1 : models + 1], values[0], columns, name)
+            anchor = tensors[0][name].bits if base else None
+            bits = ref.merged(u, dtype, anchor, dtype)
+            apart = int(np.count_nonzero(bits != found[name].bits))
+            if apart:
+                wrong.append(f"{case}, {name}: {apart} of {bits.size}")
+    assert not wrong, "\n".join(wrong)
