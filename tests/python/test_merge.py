@@ -374,7 +374,7 @@ def test_plans_without_a_target(
         ),
         (
             rv.nuslerp({rl: 1, base: 2}),
-            {"kind": "nuslerp", "row_wise": False, "flatten": True},
+            {"kind": "nuslerp", "row_wise": True, "flatten": True},
             ["rl", "base"],
         ),
         (
@@ -390,9 +390,7 @@ def test_plans_without_a_target(
         assert [t["source"]["tensor"]["operand"] for t in row["terms"]] == [
             number(plan, n) for n in names
         ]
-    plan = rv.nuslerp({rl: 1, instruct: 2}, base=base, flatten=False, row_wise=True).plan(
-        tmp_path / "x"
-    )
+    plan = rv.nuslerp({rl: 1, instruct: 2}, base=base, along="rows").plan(tmp_path / "x")
     assert rows(plan)[5]["target"]["operand"] == number(plan, "base")
     plan = rv.arcee_fusion(base, rl).plan(tmp_path / "x")
     assert rows(plan)[5]["method"] == {"kind": "arcee_fusion"}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias, Unpack
 
 from reasonvec.algebra import Point, Vector
 from reasonvec.errors import ReasonvecError
@@ -333,11 +333,14 @@ def nuslerp(
     models: Models,
     *,
     base: AnyPoint | None = None,
-    flatten: Parameter = True,
-    row_wise: Parameter = False,
+    along: Literal["all", "rows", "columns"] = "all",
 ) -> Merge:
-    """Slerp of two models by their weights, of their task vectors if there is a base."""
-    return _merge(Nuslerp(flatten, row_wise), models, base)
+    """Slerp of two models by their weights, of their task vectors if there is a base.
+
+    ``along``: whether a whole matrix is one vector, or each of its rows, or each of its columns.
+    """
+    method = Nuslerp() if along == "all" else Nuslerp(False, along == "columns")
+    return _merge(method, models, base)
 
 
 def multislerp(

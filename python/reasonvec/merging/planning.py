@@ -111,6 +111,7 @@ class _Reader:
     models: list[_Model]
     levels: list[Settings]
     place: Place
+    dimensions: int
     ramp: float
     numerics: Numerics
     seed: int
@@ -545,7 +546,7 @@ class _Planner:
                 self._unfit(info, out, name, model, other)
                 return self._settled(info, out, shape, None, [], [], None, "refused")
         reader = _Reader(
-            models, part.levels, place, ramp, self.numerics, self.seed, self.merge.dtype
+            models, part.levels, place, len(shape), ramp, self.numerics, self.seed, self.merge.dtype
         )
         labels = tuple(m.input.label for m in here)
         try:
