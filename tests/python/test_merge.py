@@ -714,3 +714,48 @@ def test_methods_that_look_first_give_the_same_bytes(
     assert digests[0] == digests[1]
     base_digests = {t.name: t.digest for t in (base + 0 * (rl - sft)).save(tmp_path / "b").tensors}
     assert digests[0][UP.format(1)] != base_digests[UP.format(1)]
+
+
+# ---- methods in Python
+
+
+def test_a_method_in_python_streams_and_is_rounded_once(
+    place: Path, tmp_path: Path, base: rv.Checkpoint, rl: rv.Checkpoint, sft: rv.Checkpoint
+) -> None:
+    seen: list[int] = []
+
+    @rv.method
+    def larger(models: list[np.ndarray], base: np.ndarray, *, scale: float) -> np.ndarray:
+        seen.append(len(base))
+        a, b = (model - base for model in models)
+        return base + np.float32(scale) * np.where(np.abs(a) > np.abs(b), a, b)
+
+    merge = larger([rl, sft], base=base, scale={"": 0.5, "mlp": [1.0, 2.0]})
+    report = merge.save(tmp_path / "out")
+    assert report.recipe.startswith("larger(base base, rl, sft, scale")
+    assert verify(tmp_path / "out").ok
+    assert max(seen) <= 1 << 18
+    made, x, y, b = (
+        tensors_of(p) for p in (tmp_path / "out", *(place / n for n in ("rl", "sft", "base")))
+    )
+    for name, value in made.items():
+        one, two, zero = (t[name].astype(np.float32) for t in (x, y, b))
+        scale = 0.5
+        if "mlp" in name:
+            scale = 1 + int(name.split(".")[2]) / 3
+        p, q = one - zero, two - zero
+        expected = zero + np.float32(scale) * np.where(np.abs(p) > np.abs(q), p, q)
+        assert (value == expected.astype(value.dtype)).all(), name
+    assert not [p for p in (tmp_path / "out").iterdir() if p.is_dir()]
+
+
+def test_a_method_in_python_that_makes_no_tile(
+    tmp_path: Path, base: rv.Checkpoint, rl: rv.Checkpoint
+) -> None:
+    short = rv.method(lambda models, base: models[0][:-1])
+    with pytest.raises(rv.ReasonvecError, match="expected an array of"):
+        short([rl, base]).save(tmp_path / "out")
+    wild = rv.method(lambda models, base: models[0] * np.float32(np.inf))
+    with pytest.raises(rv.NonFiniteError, match="is not finite"):
+        wild([rl, base]).save(tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
