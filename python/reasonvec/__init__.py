@@ -30,6 +30,7 @@ from reasonvec.errors import (
     NonFiniteError,
     ReasonvecError,
 )
+from reasonvec.merging.custom import method
 from reasonvec.merging.merge import (
     Merge,
     arcee_fusion,
@@ -81,6 +82,7 @@ __all__ = [
     "lines",
     "load",
     "mean",
+    "method",
     "model_stock",
     "multislerp",
     "nearswap",

@@ -20,7 +20,18 @@ import reasonvec as rv
 from reasonvec.cli.app import main
 from reasonvec.family import Family
 
-COMMANDS = ["apply", "check", "compare", "demo", "diff", "extract", "inspect", "undo", "verify"]
+COMMANDS = [
+    "apply",
+    "check",
+    "compare",
+    "demo",
+    "diff",
+    "extract",
+    "inspect",
+    "merge",
+    "undo",
+    "verify",
+]
 
 
 def run(*arguments: object) -> Result:

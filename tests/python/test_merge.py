@@ -374,7 +374,7 @@ def test_plans_without_a_target(
         ),
         (
             rv.nuslerp({rl: 1, base: 2}),
-            {"kind": "nuslerp", "row_wise": False, "flatten": True},
+            {"kind": "nuslerp", "row_wise": True, "flatten": True},
             ["rl", "base"],
         ),
         (
@@ -390,9 +390,7 @@ def test_plans_without_a_target(
         assert [t["source"]["tensor"]["operand"] for t in row["terms"]] == [
             number(plan, n) for n in names
         ]
-    plan = rv.nuslerp({rl: 1, instruct: 2}, base=base, flatten=False, row_wise=True).plan(
-        tmp_path / "x"
-    )
+    plan = rv.nuslerp({rl: 1, instruct: 2}, base=base, along="rows").plan(tmp_path / "x")
     assert rows(plan)[5]["target"]["operand"] == number(plan, "base")
     plan = rv.arcee_fusion(base, rl).plan(tmp_path / "x")
     assert rows(plan)[5]["method"] == {"kind": "arcee_fusion"}
@@ -658,3 +656,106 @@ def test_an_unfinished_merge_is_resumed(
     assert {p.name for p in (tmp_path / "cut").iterdir()} == names
     for name in names - {"reasonvec.json"}:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_an_unfinished_merge_with_a_stage_is_resumed(
+    tmp_path: Path, base: rv.Checkpoint, rl: rv.Checkpoint, sft: rv.Checkpoint
+) -> None:
+    merge = rv.ties(base, {rv.slerp(rl, sft, t=0.5): 1.0, sft: 0.5}, density=0.5)
+    merge.save(tmp_path / "whole", shard_size=20_000)
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    for name in ("cut", "other"):
+        with pytest.raises(KeyboardInterrupt):
+            merge.save(tmp_path / name, shard_size=20_000, threads=1, progress=stop)
+    merge.save(tmp_path / "cut", shard_size=20_000, resume=True)
+    merge.save(tmp_path / "other", shard_size=20_000, overwrite=True)
+    names = {p.name for p in (tmp_path / "whole").iterdir()}
+    for folder in ("cut", "other"):
+        assert {p.name for p in (tmp_path / folder).iterdir()} == names
+        for name in names - {"reasonvec.json"}:
+            made = (tmp_path / folder / name).read_bytes()
+            assert made == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_extra_head_of_a_tied_model(place: Path, tmp_path: Path) -> None:
+    table = tensors_of(place / "sft")["model.embed_tokens.weight"]
+    extra = {"lm_head.weight": table, "tie_word_embeddings": True}
+    a = rv.open(copied(place / "sft", tmp_path / "a", **extra))
+    b = rv.open(
+        copied(place / "sft", tmp_path / "b", tie_word_embeddings=True, **{"lm_head.weight": None})
+    )
+    rv.linear({a: 0.5, b: 0.5}).save(tmp_path / "out")
+    assert "lm_head.weight" not in tensors_of(tmp_path / "out")
+    wrong = rv.open(copied(place / "sft", tmp_path / "c", tie_word_embeddings=True))
+    with pytest.raises(rv.MismatchError, match="the two differ"):
+        rv.linear({wrong: 0.5, b: 0.5}).save(tmp_path / "worse")
+
+
+@pytest.mark.parametrize("kind", ["slerp", "ties", "dare_ties", "sce"])
+def test_methods_that_look_first_give_the_same_bytes(
+    kind: str, tmp_path: Path, base: rv.Checkpoint, rl: rv.Checkpoint, sft: rv.Checkpoint
+) -> None:
+    merges = {
+        "slerp": rv.slerp(rl, sft, t=0.5),
+        "ties": rv.ties(base, {rl: 0.5, sft: 0.5}, density=0.3),
+        "dare_ties": rv.dare_ties(base, {rl: 0.5, sft: 0.5}, density=0.3),
+        "sce": rv.sce(base, [rl, sft], select_topk=0.5),
+    }
+    digests = []
+    for i, (threads, budget) in enumerate([(1, 8 << 20), (3, 64 << 20)]):
+        report = merges[kind].save(
+            tmp_path / str(i), threads=threads, memory_budget=budget, shard_size=10**5 * (i + 1)
+        )
+        digests.append({t.name: t.digest for t in report.tensors})
+    assert digests[0] == digests[1]
+    base_digests = {t.name: t.digest for t in (base + 0 * (rl - sft)).save(tmp_path / "b").tensors}
+    assert digests[0][UP.format(1)] != base_digests[UP.format(1)]
+
+
+# ---- methods in Python
+
+
+def test_a_method_in_python_streams_and_is_rounded_once(
+    place: Path, tmp_path: Path, base: rv.Checkpoint, rl: rv.Checkpoint, sft: rv.Checkpoint
+) -> None:
+    seen: list[int] = []
+
+    @rv.method
+    def larger(models: list[np.ndarray], base: np.ndarray, *, scale: float) -> np.ndarray:
+        seen.append(len(base))
+        a, b = (model - base for model in models)
+        return base + np.float32(scale) * np.where(np.abs(a) > np.abs(b), a, b)
+
+    merge = larger([rl, sft], base=base, scale={"": 0.5, "mlp": [1.0, 2.0]})
+    report = merge.save(tmp_path / "out")
+    assert report.recipe.startswith("larger(base base, rl, sft, scale")
+    assert verify(tmp_path / "out").ok
+    assert max(seen) <= 1 << 18
+    made, x, y, b = (
+        tensors_of(p) for p in (tmp_path / "out", *(place / n for n in ("rl", "sft", "base")))
+    )
+    for name, value in made.items():
+        one, two, zero = (t[name].astype(np.float32) for t in (x, y, b))
+        scale = 0.5
+        if "mlp" in name:
+            scale = 1 + int(name.split(".")[2]) / 3
+        p, q = one - zero, two - zero
+        expected = zero + np.float32(scale) * np.where(np.abs(p) > np.abs(q), p, q)
+        assert (value == expected.astype(value.dtype)).all(), name
+    assert not [p for p in (tmp_path / "out").iterdir() if p.is_dir()]
+
+
+def test_a_method_in_python_that_makes_no_tile(
+    tmp_path: Path, base: rv.Checkpoint, rl: rv.Checkpoint
+) -> None:
+    short = rv.method(lambda models, base: models[0][:-1])
+    with pytest.raises(rv.ReasonvecError, match="expected an array of"):
+        short([rl, base]).save(tmp_path / "out")
+    wild = rv.method(lambda models, base: models[0] * np.float32(np.inf))
+    with pytest.raises(rv.NonFiniteError, match="is not finite"):
+        wild([rl, base]).save(tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())

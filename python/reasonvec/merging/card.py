@@ -16,7 +16,7 @@ __all__ = ["merge_card"]
 
 def merge_card(merge: Merge, models: Sequence[str]) -> str:
     """The card as Markdown with YAML front matter, the same text for the same merge."""
-    method = merge.method.name
+    method = merge.called or merge.method.name
     first = (type(merge.method).__doc__ or "").strip().split("\n\n")[0]
     about = " ".join(first.replace("``", "`").split())
     lines = [

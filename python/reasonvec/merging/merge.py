@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias, Unpack
 
 from reasonvec.algebra import Point, Vector
 from reasonvec.errors import ReasonvecError
@@ -116,7 +116,7 @@ class Merge:
 
     ``dtype`` is the one that mergekit would have worked in, which only its numerics ask for;
     ``out_dtype`` is the output's. ``label`` is a name for messages, ``config`` the text of the YAML
-    that the merge was read from.
+    that the merge was read from, ``called`` the name of a method that is the caller's own.
     """
 
     method: Method
@@ -129,6 +129,7 @@ class Merge:
     chat_template: str | None = None
     label: str | None = None
     config: bytes | None = None
+    called: str | None = None
 
     __array_ufunc__ = None
 
@@ -190,7 +191,7 @@ class Merge:
             for part in module.slices:
                 parts += [_model_text(model) for model in part.models]
         parts += [f"{key} {value.text}" for key, value in self.settings.items()]
-        return f"{self.method.name}({', '.join(parts)})"
+        return f"{self.called or self.method.name}({', '.join(parts)})"
 
     def __repr__(self) -> str:
         return f"Merge({self})"
@@ -333,11 +334,14 @@ def nuslerp(
     models: Models,
     *,
     base: AnyPoint | None = None,
-    flatten: Parameter = True,
-    row_wise: Parameter = False,
+    along: Literal["all", "rows", "columns"] = "all",
 ) -> Merge:
-    """Slerp of two models by their weights, of their task vectors if there is a base."""
-    return _merge(Nuslerp(flatten, row_wise), models, base)
+    """Slerp of two models by their weights, of their task vectors if there is a base.
+
+    ``along``: whether a whole matrix is one vector, or each of its rows, or each of its columns.
+    """
+    method = Nuslerp() if along == "all" else Nuslerp(False, along == "columns")
+    return _merge(method, models, base)
 
 
 def multislerp(

@@ -47,6 +47,10 @@ class Reader(Protocol):
         """Of everything random."""
 
     @property
+    def dimensions(self) -> int:
+        """Of the tensor."""
+
+    @property
     def ramp(self) -> float:
         """How deep the tensor is, from 0 (embeddings, the first layer) to 1 (the last layer, the
         final norm, the head)."""
@@ -254,7 +258,7 @@ class Slerp(Method):
 @dataclass(frozen=True, slots=True)
 class Nuslerp(Method):
     """Slerp at ``t = w_2 / (w_1 + w_2)``, of the models or of their task vectors; flattened, or row
-    by row or column by column."""
+    by row (``nuslerp_row_wise`` false, as mergekit has it) or column by column."""
 
     name: ClassVar[str] = "nuslerp"
     base: ClassVar[BaseRule] = "optional"
@@ -266,10 +270,12 @@ class Nuslerp(Method):
     def plan(self, read: Reader, models: int) -> Json:
         if read.weight(0) + read.weight(1) == 0.0:
             raise ReasonvecError("nuslerp: the two weights sum to 0, and t is a share of their sum")
+        # What mergekit calls row-wise normalises along the rows' dimension: its vectors are the
+        # columns. A bias is one vector either way.
         return {
             "kind": "nuslerp",
-            "row_wise": _flag(read, "nuslerp_row_wise", False),
-            "flatten": _flag(read, "nuslerp_flatten", True),
+            "row_wise": not _flag(read, "nuslerp_row_wise", False),
+            "flatten": read.dimensions < 2 or _flag(read, "nuslerp_flatten", True),
         }
 
 

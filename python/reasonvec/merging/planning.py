@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -17,6 +17,7 @@ from reasonvec.compat.rows import compare_tokenizers
 from reasonvec.errors import ReasonvecError
 from reasonvec.folders import CheckpointFolder
 from reasonvec.json_values import Json
+from reasonvec.merging.custom import Computation, Custom
 from reasonvec.merging.inputs import Input, MergedInput, PointInput, is_behind, renumbered
 from reasonvec.merging.layers import LayerOrigin, restacked_config
 from reasonvec.merging.methods import LinearMethod, Numerics
@@ -111,6 +112,7 @@ class _Reader:
     models: list[_Model]
     levels: list[Settings]
     place: Place
+    dimensions: int
     ramp: float
     numerics: Numerics
     seed: int
@@ -545,7 +547,7 @@ class _Planner:
                 self._unfit(info, out, name, model, other)
                 return self._settled(info, out, shape, None, [], [], None, "refused")
         reader = _Reader(
-            models, part.levels, place, ramp, self.numerics, self.seed, self.merge.dtype
+            models, part.levels, place, len(shape), ramp, self.numerics, self.seed, self.merge.dtype
         )
         labels = tuple(m.input.label for m in here)
         try:
@@ -583,6 +585,8 @@ class _Planner:
                 return (copied, [], None) if copied is not None else (None, terms, None)
             assert base is not None
             return (*self._moved(sum_of(base), said.values, [sum_of(m) for m in models]), None)
+        if isinstance(method, Custom):
+            return self._computed(method, part, name, layer, reader, rows, sum_of), [], None
         plan = method.plan(reader, len(models))
         weights = [reader.weight(i) if method.weighted else 1.0 for i in range(len(models))]
         terms = [
@@ -601,6 +605,34 @@ class _Planner:
             laid: list[Json] = [{"coefficient": 1.0, **anchor}]
             target = self._stage(base, base.name(name, layer), laid, rows)
         return target, terms, plan
+
+    def _computed(
+        self,
+        method: Custom,
+        part: _Slice,
+        name: str,
+        layer: int | None,
+        reader: _Reader,
+        rows: Vocabulary | None,
+        sum_of: Callable[[_Model], list[Json]],
+    ) -> Json:
+        """A tensor that a function in Python makes, which has to be written first."""
+        frame = part.frame
+        info = frame.input.layout.tensors[frame.input.names[frame.name(name, layer)]]
+        shape = info.shape if rows is None else (rows.rows, *info.shape[1:])
+        base = None if part.base is None else sum_of(part.base)
+        models = tuple(sum_of(model) for model in part.models)
+        staged = self.staged.get(id(method))
+        if staged is None:
+            label = self.merge.called or method.name
+            staged = self.staged[id(method)] = self.stages.add(label, [])
+        assert method.function is not None
+        staged.computed.append(
+            Computation(
+                method.function, reader.place.name, shape, models, base, method.values(reader)
+            )
+        )
+        return self.operands.ref(staged, reader.place.name)
 
     def _moved(
         self, base: list[Json], values: Sequence[float], models: Sequence[list[Json]]

@@ -209,7 +209,7 @@ class _Beside(Accompaniment):
     def said(self, plan: ApplyPlan) -> Json:
         return {
             "merge": {
-                "method": self.merge.method.name,
+                "method": self.merge.called or self.merge.method.name,
                 "numerics": self.options.get("numerics", "default"),
                 "seed": self.options.get("seed", 0),
                 "donor": plan.operands.number(self.found.donor)

@@ -19,6 +19,7 @@ from reasonvec.compat.layout import Layout, TensorInfo
 from reasonvec.destination import STAGES
 from reasonvec.folders import CheckpointFolder
 from reasonvec.json_values import Json
+from reasonvec.merging.custom import Computation, write_computed
 from reasonvec.run import DEFAULT_BUDGET
 from reasonvec.terms import Operands, elements
 
@@ -37,6 +38,7 @@ class Staged(CheckpointFolder):
         self.folder = folder
         self.plans: list[Json] = []
         self.names: set[str] = set()
+        self.computed: list[Computation] = []
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -47,12 +49,16 @@ class Staged(CheckpointFolder):
     @cached_property
     def layout(self) -> Layout:
         found = (TensorInfo(str(p["name"]), str(p["dtype"]), _shape(p), _FILE) for p in self.plans)
-        return Layout(self.folder, {info.name: info for info in found})
+        tensors = {info.name: info for info in found}
+        for made in self.computed:
+            tensors[made.name] = TensorInfo(made.name, "F32", made.shape, _FILE)
+        return Layout(self.folder, tensors)
 
     @property
     def written(self) -> int:
         """Bytes that it takes."""
-        return sum(_size(plan) for plan in self.plans)
+        made = sum(4 * elements(tensor.shape) for tensor in self.computed)
+        return made + sum(_size(plan) for plan in self.plans)
 
 
 def _shape(plan: Json) -> tuple[int, ...]:
@@ -111,6 +117,12 @@ class Stages:
     def predict(self, plan: Json) -> Prediction:
         """What a plan and its stages read, write and hold, from headers alone."""
         total: Prediction = {"read": 0, "written": 0, "memory": 0}
+        for staged in self.staged:
+            made = sum(4 * elements(tensor.shape) for tensor in staged.computed)
+            total["read"] += sum(
+                (len(t.models) + 1) * 4 * elements(t.shape) for t in staged.computed
+            )
+            total["written"] += made
         for part in (plan, *(self._plan(plan, staged) for staged in self.staged)):
             now, waiting = self.readable(part)
             found: Prediction = json.loads(core.predict(json.dumps(now), self.handles(0)))
@@ -132,8 +144,16 @@ class Stages:
         self.remove()
         for at, staged in enumerate(self.staged):
             staged.folder.mkdir(parents=True)
-            text = json.dumps(self._plan(plan, staged))
-            self.rows += json.loads(core.apply(text, self.handles(at)))
+            if staged.computed:
+                write_computed(
+                    staged.folder / _FILE,
+                    staged.computed,
+                    self.handles(at),
+                    allow_nonfinite=bool(plan["allow_nonfinite"]),
+                )
+            else:
+                text = json.dumps(self._plan(plan, staged))
+                self.rows += json.loads(core.apply(text, self.handles(at)))
             # A run that is continued makes the same bytes again, and has to know them as the same.
             os.utime(staged.folder / _FILE, (0, 0))
             staged.handle = core.Checkpoint(staged.folder)
