@@ -5,8 +5,9 @@ use std::sync::{Mutex, PoisonError};
 use super::dense::{add_product, share, transpose};
 use super::eigen::symmetric;
 use super::panel::{self, Scratch};
-use super::rsvd::{Sweep, finish};
-use super::{Matrix, Triplets};
+use super::rsvd::{Sweep, exactly};
+use super::{Exact, Matrix, Triplets, inverse};
+use crate::philox::Philox;
 use crate::plan::Settings;
 use crate::simd::dispatch;
 use crate::stream::Control;
@@ -18,6 +19,9 @@ const DEPTH: usize = 192;
 const STRIPE: usize = 96;
 /// Columns of a packed strip.
 const STRIP: usize = 16;
+
+/// The use of a seed for the first vectors of the iteration.
+const FRESH: u64 = 20;
 
 /// A Gram matrix, `n x n`, and the matrix's sum of squares.
 #[derive(Debug)]
@@ -163,11 +167,11 @@ pub fn decompose(matrix: &Matrix<'_>, settings: &Settings, control: &Control) ->
     let (_, vectors) = symmetric(&values, n);
     let mut columns = vec![0.0; n * n];
     transpose(&vectors, &mut columns, n, n);
-    side(&sweep, columns, n, squares)
+    Ok(side(&sweep, columns, n, squares)?.round())
 }
 
 /// Triplets from orthonormal vectors of the smaller side (`small x r`): one more reading takes the other side's.
-pub(super) fn side(sweep: &Sweep<'_>, vectors: Vec<f64>, r: usize, squares: f64) -> Result<Triplets> {
+pub(super) fn side(sweep: &Sweep<'_>, vectors: Vec<f64>, r: usize, squares: f64) -> Result<Exact> {
     let matrix = sweep.matrix;
     let (level, threads) = (sweep.level, sweep.settings.threads());
     let by_rows = matrix.columns <= matrix.rows;
@@ -220,9 +224,9 @@ pub(super) fn side(sweep: &Sweep<'_>, vectors: Vec<f64>, r: usize, squares: f64)
     }
     sweep.control.advance(matrix.bytes());
     Ok(if by_rows {
-        finish(level, threads, other, vectors, r, squares)
+        exactly(level, threads, other, vectors, r, squares)
     } else {
-        finish(level, threads, vectors, other, r, squares)
+        exactly(level, threads, vectors, other, r, squares)
     })
 }
 
@@ -231,11 +235,19 @@ pub(super) fn side(sweep: &Sweep<'_>, vectors: Vec<f64>, r: usize, squares: f64)
 /// # Errors
 /// As [`spectrum`].
 pub fn bottom(matrix: &Matrix<'_>, rank: usize, settings: &Settings, control: &Control) -> Result<Triplets> {
+    Ok(bottom_exact(matrix, rank, settings, control)?.round())
+}
+
+/// [`bottom`] with vectors in f64: what they make together is the dropped part to 1e-10, where f32 rounds it to 1e-7.
+///
+/// # Errors
+/// As [`spectrum`].
+pub fn bottom_exact(matrix: &Matrix<'_>, rank: usize, settings: &Settings, control: &Control) -> Result<Exact> {
     let sweep = Sweep::new(matrix, settings, control)?;
     let Gram { n, values, squares } = gather(&sweep)?;
     let r = rank.min(n);
-    let (_, vectors) = symmetric(&values, n);
-    let mut columns = vec![0.0; n * r];
-    transpose(&vectors[(n - r) * n..], &mut columns, r, n);
-    side(&sweep, columns, r, squares)
+    let fresh = Philox::new(0, matrix.name, FRESH);
+    let vectors = inverse::smallest(sweep.level, settings.threads(), &values, n, r, fresh, control)?;
+    drop(values);
+    side(&sweep, vectors, r, squares)
 }

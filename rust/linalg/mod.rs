@@ -10,6 +10,7 @@
 pub mod dense;
 pub mod eigen;
 pub mod gram;
+mod inverse;
 mod panel;
 pub mod plan;
 pub mod rsvd;
@@ -47,4 +48,33 @@ pub struct Triplets {
     pub residual: f64,
     /// With [`Rank::Noise`], the value that the others had to exceed.
     pub floor: Option<f64>,
+}
+
+/// Singular triplets with vectors in f64, as [`Triplets`] otherwise.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Exact {
+    /// Left vectors, `rows x rank`, row by row.
+    pub u: Vec<f64>,
+    /// Singular values, descending.
+    pub s: Vec<f64>,
+    /// Right vectors, `columns x rank`, row by row.
+    pub v: Vec<f64>,
+    /// The matrix's sum of squares.
+    pub squares: f64,
+}
+
+impl Exact {
+    /// The same with vectors in f32.
+    pub fn round(self) -> Triplets {
+        let single = |x: Vec<f64>| x.into_iter().map(|x| x as f32).collect();
+        Triplets {
+            rank: self.s.len(),
+            residual: rsvd::residual(self.squares, &self.s),
+            u: single(self.u),
+            v: single(self.v),
+            s: self.s,
+            squares: self.squares,
+            floor: None,
+        }
+    }
 }

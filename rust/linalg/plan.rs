@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Matrix, Rank, Triplets, gram, rsvd};
+use super::{Exact, Matrix, Rank, Triplets, gram, rsvd};
 use crate::operand::Term;
 use crate::plan::{Operands, Settings, TermPlan, elements, noises, scale_noise};
 use crate::stream::Control;
@@ -112,6 +112,21 @@ pub fn svd(plan: &SvdPlan, operands: Operands<'_>, control: &Control) -> Result<
         }
     };
     Ok(([matrix.rows, matrix.columns], found))
+}
+
+/// The smallest triplets that a plan asks for, with vectors in f64, and the matrix's rows and columns.
+///
+/// # Errors
+/// As [`svd`].
+pub fn svd_exact(plan: &SvdPlan, operands: Operands<'_>, control: &Control) -> Result<([usize; 2], Exact)> {
+    let terms = plan.matrix.terms(operands, &plan.settings, control)?;
+    let matrix = plan.matrix.matrix(&terms)?;
+    match (plan.which, plan.rank) {
+        (Which::Bottom, Rank::Fixed(r)) => {
+            Ok(([matrix.rows, matrix.columns], gram::bottom_exact(&matrix, r, &plan.settings, control)?))
+        }
+        _ => Err(crate::Error::Usage("vectors in f64 come with the smallest triplets, by a number".into())),
+    }
 }
 
 /// The spectrum that a plan asks for.

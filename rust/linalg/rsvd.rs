@@ -14,15 +14,20 @@ use std::sync::{Mutex, PoisonError};
 use super::dense::{add_product, cholesky, cross, invert_triangle, orthonormalise, product, transpose};
 use super::eigen::{jacobi, symmetric};
 use super::panel::{self, Scratch};
-use super::{Matrix, Rank, Triplets, gram};
+use super::{Exact, Matrix, Rank, Triplets, gram};
 use crate::philox::Philox;
 use crate::plan::Settings;
 use crate::simd::{Level, dispatch};
 use crate::stream::{BLOCK, Control, Grid, Turn, pass};
 use crate::{Error, Result};
 
-/// Sweeps of the Krylov iteration.
-const DEPTH: usize = 4;
+/// Sweeps of the Krylov iteration: of small matrices, whose singular values lie further apart in proportion, two more, which cost little.
+fn depth(small: usize) -> usize {
+    if small < SMALL { 6 } else { 4 }
+}
+
+/// What a small matrix is.
+const SMALL: usize = 1280;
 /// Vectors of a block are a multiple of this.
 const STEP: usize = 16;
 /// Elements that are multiplied before sums are joined.
@@ -159,7 +164,8 @@ impl<'a> Sweep<'a> {
         let mut block = vec![0.0f64; n * b];
         dispatch::normal(level, &mut block, Philox::new(seed, name, TEST), 0, 1.0);
         let mut space = Space { v: vec![], w: vec![], y: vec![], b, squares: 0.0 };
-        for i in 0..DEPTH {
+        let depth = depth(self.matrix.small());
+        for i in 0..depth {
             orthonormalise(level, threads, &mut block, b, &space.v, fresh);
             let single: Vec<f32> = block.iter().map(|&x| x as f32).collect();
             let mut y = vec![0.0f32; rows * b];
@@ -170,7 +176,7 @@ impl<'a> Sweep<'a> {
             space.squares = squares;
             let mut turned = vec![0.0; n * b];
             transpose(&w, &mut turned, b, n);
-            block = if i + 1 < DEPTH { turned.clone() } else { vec![] };
+            block = if i + 1 < depth { turned.clone() } else { vec![] };
             space.w.push(turned);
         }
         Ok(space)
@@ -255,7 +261,7 @@ pub fn top(matrix: &Matrix<'_>, rank: Rank, seed: u64, settings: &Settings, cont
         _ => STEP,
     };
     loop {
-        if 2 * b * DEPTH > small {
+        if 2 * b * depth(small) > small {
             let mut all = gram::decompose(matrix, settings, control)?;
             let r = choose(rank, &all.s, all.squares, floor).unwrap_or(all.s.len());
             cut(&mut all, matrix, r);
@@ -326,7 +332,7 @@ pub(super) fn residual(squares: f64, s: &[f64]) -> f64 {
 pub fn floor(matrix: &Matrix<'_>, seed: u64, settings: &Settings, control: &Control) -> Result<f64> {
     let mut sweep = Sweep::new(matrix, settings, control)?;
     sweep.signs = Some(Philox::new(seed, matrix.name, SIGNS));
-    if 2 * STEP * DEPTH > matrix.small() {
+    if 2 * STEP * depth(matrix.small()) > matrix.small() {
         return Ok(gram::spectrum_of(&sweep)?.0.first().copied().unwrap_or(0.0));
     }
     let space = sweep.space(seed, STEP)?;
@@ -392,10 +398,15 @@ impl Space {
     }
 }
 
-/// The thin SVD of `u v^T`, whose factors have `k` columns.
+/// The thin SVD of `u v^T`, whose factors have `k` columns, rounded to f32.
 pub(super) fn finish(level: Level, threads: usize, u: Vec<f64>, v: Vec<f64>, k: usize, squares: f64) -> Triplets {
+    exactly(level, threads, u, v, k, squares).round()
+}
+
+/// The thin SVD of `u v^T`, whose factors have `k` columns.
+pub(super) fn exactly(level: Level, threads: usize, u: Vec<f64>, v: Vec<f64>, k: usize, squares: f64) -> Exact {
     if k == 0 {
-        return Triplets { squares, residual: squares.max(0.0).sqrt(), ..Triplets::default() };
+        return Exact { u: vec![], s: vec![], v: vec![], squares };
     }
     let (u, left) = factor(level, threads, u, k);
     let (v, right) = factor(level, threads, v, k);
@@ -416,8 +427,7 @@ pub(super) fn finish(level: Level, threads: usize, u: Vec<f64>, v: Vec<f64>, k: 
             v.iter_mut().skip(j).step_by(k).for_each(|x| *x = -*x);
         }
     }
-    let single = |x: Vec<f64>| x.into_iter().map(|x| x as f32).collect();
-    Triplets { rank: k, u: single(u), v: single(v), residual: residual(squares, &s), s, squares, floor: None }
+    Exact { u, s, v, squares }
 }
 
 /// `a = q r` with orthonormal `q`.

@@ -135,20 +135,45 @@ mod _reasonvec {
         Ok(Tensor::new(storage, 0, dtype, vec![stop - start]))
     }
 
-    /// Singular triplets of one matrix of a plan: U `[m, r]`, S `[r]` (F64), V^T `[r, n]`, and the
-    /// rest as JSON.
+    /// Singular triplets of one matrix of a plan: U `[m, r]`, S `[r]` (F64), V^T `[r, n]`, and the rest as JSON. U and V^T are F32, or F64 if `double`,
+    /// which is for the smallest ones.
     #[pyfunction]
-    #[pyo3(signature = (plan, operands: "Sequence[Checkpoint | VectorFolder]", progress: "Callable[[int, int], object] | None" = None))]
+    #[pyo3(signature = (plan, operands: "Sequence[Checkpoint | VectorFolder]", progress: "Callable[[int, int], object] | None" = None, double=false))]
     fn svd(
         py: Python<'_>,
         plan: &str,
         operands: Vec<Py<PyAny>>,
         progress: Option<Py<PyAny>>,
+        double: bool,
     ) -> PyResult<(Tensor, Tensor, Tensor, String)> {
         let plan: linalg::plan::SvdPlan = parse(py, plan)?;
         let operands = opened(py, &operands)?;
-        let (matrix, found) = enter(py, progress, |control| linalg::plan::svd(&plan, Operands(&operands), control))?;
-        triplets(py, matrix, found)
+        let operands = Operands(&operands);
+        let ([rows, columns], found, [u, v]) = enter(py, progress, |control| {
+            if double {
+                let (shape, found) = linalg::plan::svd_exact(&plan, operands, control)?;
+                let mut turned = vec![0.0f64; found.v.len()];
+                linalg::dense::transpose(&found.v, &mut turned, shape[1], found.s.len());
+                let u = found.u.clone();
+                Ok((shape, found.round(), [Storage::Double(u), Storage::Double(turned)]))
+            } else {
+                let (shape, mut found) = linalg::plan::svd(&plan, operands, control)?;
+                let mut turned = vec![0.0f32; found.v.len()];
+                linalg::dense::transpose(&found.v, &mut turned, shape[1], found.rank);
+                let u = std::mem::take(&mut found.u);
+                Ok((shape, found, [Storage::Single(u), Storage::Single(turned)]))
+            }
+        })?;
+        let Triplets { rank, s, squares, residual, floor, .. } = found;
+        let dtype = if double { Dtype::F64 } else { Dtype::F32 };
+        let rest = serde_json::json!({"rank": rank, "squares": squares, "residual": residual, "floor": floor});
+        let r = rank as u64;
+        Ok((
+            Tensor::new(u, 0, dtype, vec![rows as u64, r]),
+            Tensor::new(Storage::Double(s), 0, Dtype::F64, vec![r]),
+            Tensor::new(v, 0, dtype, vec![r, columns as u64]),
+            report(py, &rest)?,
+        ))
     }
 
     /// Singular triplets, as `svd` gives them, of a product of thin factors: u is rows x k and v
@@ -169,7 +194,17 @@ mod _reasonvec {
             |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect::<Vec<f32>>();
         let (u, v) = (floats(u), floats(v));
         let found = enter(py, None, |_| linalg::rsvd::recompress(&u, &v, rows, columns, k, rank))?;
-        triplets(py, [rows, columns], found)
+        let Triplets { rank, u, s, v, squares, residual, floor } = found;
+        let mut turned = vec![0.0f32; v.len()];
+        linalg::dense::transpose(&v, &mut turned, columns, rank);
+        let rest = serde_json::json!({"rank": rank, "squares": squares, "residual": residual, "floor": floor});
+        let r = rank as u64;
+        Ok((
+            Tensor::new(Storage::Single(u), 0, Dtype::F32, vec![rows as u64, r]),
+            Tensor::new(Storage::Double(s), 0, Dtype::F64, vec![r]),
+            Tensor::new(Storage::Single(turned), 0, Dtype::F32, vec![r, columns as u64]),
+            report(py, &rest)?,
+        ))
     }
 
     /// Singular values of one matrix of a plan, its sum of squares and its noise floor, as JSON.
@@ -263,21 +298,6 @@ mod _reasonvec {
     #[pyfunction]
     fn journal_name() -> &'static str {
         journal::NAME
-    }
-
-    fn triplets(py: Python<'_>, matrix: [usize; 2], found: Triplets) -> PyResult<(Tensor, Tensor, Tensor, String)> {
-        let [rows, columns] = matrix.map(|d| d as u64);
-        let Triplets { rank, u, s, v, squares, residual, floor } = found;
-        let r = rank as u64;
-        let mut turned = vec![0.0f32; v.len()];
-        linalg::dense::transpose(&v, &mut turned, columns as usize, rank);
-        let rest = serde_json::json!({"rank": rank, "squares": squares, "residual": residual, "floor": floor});
-        Ok((
-            Tensor::new(Storage::Single(u), 0, Dtype::F32, vec![rows, r]),
-            Tensor::new(Storage::Double(s), 0, Dtype::F64, vec![r]),
-            Tensor::new(Storage::Single(turned), 0, Dtype::F32, vec![r, columns]),
-            report(py, &rest)?,
-        ))
     }
 
     fn parse_algorithm(py: Python<'_>, name: &str) -> PyResult<Algorithm> {
