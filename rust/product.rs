@@ -179,7 +179,7 @@ impl Product {
         let mut left: Vec<f64> = self.left.read(rows.clone(), 0..rank, pool)?;
         if !self.weights.is_empty() {
             for row in left.chunks_exact_mut(rank as usize) {
-                row.iter_mut().zip(&self.weights).for_each(|(l, w)| *l = *l * w);
+                row.iter_mut().zip(&self.weights).for_each(|(l, w)| *l *= w);
             }
         }
         let right = match &self.right {

@@ -264,10 +264,11 @@ def svd(
     plan: str,
     operands: Sequence[Checkpoint | VectorFolder],
     progress: Callable[[int, int], object] | None = None,
+    double: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, str]:
     """
     Singular triplets of one matrix of a plan: U `[m, r]`, S `[r]` (F64), V^T `[r, n]`, and the
-    rest as JSON.
+    rest as JSON. U and V^T are F32, or F64 if `double`, which is for the smallest ones.
     """
 
 def values(

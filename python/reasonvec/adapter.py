@@ -269,7 +269,7 @@ class AdapterFolder:
             problems.append(self._problem(f"{key} is no object; the file is damaged"))
             return None
         for pattern, found in patterns.items():
-            if len(pattern) > _LONGEST_PATTERN or _EXPLOSIVE.search(pattern):
+            if _may_never_end(pattern):
                 message = (
                     f"{key} has the expression {shorten(pattern)}, which may never end: {_PLAIN}"
                 )
@@ -529,8 +529,16 @@ _UNTIE = (
 )
 _PLAIN = "write the modules' names instead"
 _LONGEST_PATTERN = 500
-# A repeated group that itself repeats something: the shape that makes a match take for ever.
-_EXPLOSIVE = re.compile(r"[*+}?]\)?[^()]*\)[*+{]")
+_MOST_REPEATS = 3
+
+
+def _may_never_end(pattern: str) -> bool:
+    """Whether a stranger's expression could take for ever: a repeated group, or many repeats."""
+    repeats = len(re.findall(r"[*+{]", pattern))
+    repeated_group = re.search(r"\)[*+{]", pattern) is not None
+    return len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or repeated_group
+
+
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # Keys of adapter_config.json under which the weights are no longer base + scale * B @ A.

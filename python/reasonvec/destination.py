@@ -22,6 +22,7 @@ STAGES = ".reasonvec-stages"
 # Where transformers keeps a chat template: a field of the one, or the other.
 TEMPLATES = frozenset({"tokenizer_config.json", "chat_template.jinja"})
 _SIGNS = (MANIFEST, "vector_config.json")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 _VECTOR_FILES = ("vector_config.json", "README.md", "tokenizer.json")
 
 
@@ -100,7 +101,8 @@ class Destination:
                 f"{path}: holds an unfinished run; continue it with --resume, or start over with "
                 "--overwrite"
             )
-        if not (any((path / sign).is_file() for sign in _SIGNS) or self._begun()):
+        signed = any((path / sign).is_file() for sign in _SIGNS)
+        if not (signed or self._begun() or self._is_adapter()):
             return (
                 f"{path}: is not empty, and reasonvec did not write what is in it; name another "
                 "folder"
@@ -116,6 +118,14 @@ class Destination:
         names = [path.name for path in self.path.iterdir() if path.name != "tokenizer.json"]
         return bool(names) and all(name.endswith(".partial") or _is_data(name) for name in names)
 
+    def _is_adapter(self) -> bool:
+        """Whether all that is here is an adapter that was made of a vector."""
+        names = {path.name for path in self.path.iterdir()}
+        if "adapter_model.safetensors" not in names or not names <= set(_ADAPTER_FILES):
+            return False
+        weights = core.Checkpoint(self.path / "adapter_model.safetensors")
+        return "reasonvec" in dict(weights.metadata("adapter_model.safetensors"))
+
     def _ours(self) -> list[Path]:
         """The files of an earlier run, by its own account; nothing else is touched."""
         path = self.path
@@ -130,7 +140,7 @@ class Destination:
             found += [path / name for name in sorted(names) if Path(name).name == name]
         if (path / "vector_config.json").is_file():
             found += [p for p in path.iterdir() if p.name in _VECTOR_FILES or _is_data(p.name)]
-        elif self._begun():
+        elif self._begun() or self._is_adapter():
             found += path.iterdir()
         if (path / UNDO).is_dir():
             found += [p for p in (path / UNDO).iterdir() if p.is_file()]

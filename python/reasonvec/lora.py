@@ -32,13 +32,14 @@ from reasonvec.measure import Quantities, measure
 from reasonvec.names import is_vocabulary, kind_of
 from reasonvec.run import RunOptions
 from reasonvec.terms import Operands, Summed, elements, leaf_layout
-from reasonvec.triplets import Rank, leading
+from reasonvec.triplets import Rank, check_rank, leading
 
 __all__ = ["LeftOut", "LoraOptions", "LoraReport", "to_lora"]
 
 _PREFIX = "base_model.model."
 # Their linear layers keep matrices as [in, out].
 _CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+_TABLE = re.compile(r"(?:embed\w*|wpe|wte|relative_attention_bias)\.weight$")
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -128,6 +129,7 @@ class LoraReport:
 def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
     """Write a vector as an adapter; see `Vector.to_lora`."""
     rank = options.get("rank", "auto")
+    check_rank(rank)
     tensors, operands = summed(vector)
     layout = leaf_layout(vector.terms[0].leaf)
     flipped = layout.config.get("model_type") in _CONV1D
@@ -136,12 +138,12 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
     modules = {
         name.removesuffix(".weight"): tensor
         for name, tensor in tensors.items()
-        if name.endswith(".weight") and has_factors(name, tensor.shape, tensor.dtype)
+        if _why_not(tensor) is None
     }
     ranks: dict[str, int] = {}
     truncated = 0.0
     names = [f"{_PREFIX}{module}.lora_{part}" for module in modules for part in _PARTS]
-    with FactorFile(out / ADAPTER_MODEL, names, {"format": "pt"}) as file:
+    with FactorFile(out / ADAPTER_MODEL, names, _METADATA) as file:
         for module, tensor in modules.items():
             if norms.get(tensor.name, 0.0) == 0.0:
                 continue
@@ -164,7 +166,7 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
         file.finish(sync=options.get("sync", True))
     carried = {f"{module}.weight" for module in modules} | set(biases)
     left_out = [
-        LeftOut(name, _why(tensors[name], ranks), norm)
+        LeftOut(name, _why_not(tensors[name]) or "", norm)
         for name, norm in norms.items()
         if norm > 0 and name not in carried
     ]
@@ -187,6 +189,7 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
     return report
 
 
+_METADATA = {"format": "pt", "reasonvec": core.version()}
 _PARTS = ("A.weight", "B.weight", "B.bias")
 
 
@@ -227,16 +230,21 @@ def _write_biases(
     return moved
 
 
-def _why(tensor: Summed, ranks: Mapping[str, int]) -> str:
-    if is_vocabulary(tensor.name):
+def _why_not(tensor: Summed) -> str | None:
+    """Why a tensor is no matrix of a linear layer, as far as its name and shape tell."""
+    name = tensor.name
+    if is_vocabulary(name):
         return "its rows are tokens"
-    if len(tensor.shape) == 2:
-        return "not the weight of a module"
-    if len(tensor.shape) > 2:
-        return "more than two dimensions"
-    if tensor.name.endswith(".bias"):
+    if name.endswith(".bias"):
         return "the bias of a module without factors"
-    return "one dimension"
+    if not has_factors(name, tensor.shape, tensor.dtype):
+        return "one dimension" if len(tensor.shape) < 2 else "more than two dimensions"
+    if not name.endswith(".weight"):
+        return "not the weight of a module"
+    if _TABLE.search(name):
+        return "an embedding"
+    # transformers has made modules of their own of them, which PEFT cannot put factors on.
+    return "a router" if kind_of(name) == "router" else None
 
 
 def _base_of(vector: Vector) -> str | None:
@@ -261,7 +269,7 @@ def _config(
     flipped: bool,
 ) -> Json:
     common = Counter(report.ranks.values()).most_common(1)[0][0]
-    others = {re.escape(m): r for m, r in report.ranks.items() if r != common}
+    others = {m: r for m, r in report.ranks.items() if r != common}
     return {
         "peft_type": "LORA",
         "task_type": _task(model),

@@ -27,7 +27,7 @@ from reasonvec.factor_file import FactorFile, Values
 from reasonvec.json_values import Json
 from reasonvec.names import is_vocabulary
 from reasonvec.terms import Operands, Summed, leaf_layout, sum_terms
-from reasonvec.triplets import Rank, Triplets, leading
+from reasonvec.triplets import Rank, Triplets, check_rank, leading
 
 __all__ = ["CompressOptions", "CompressReport", "compress", "from_lora", "has_factors", "summed"]
 
@@ -110,9 +110,7 @@ def summed(vector: Vector) -> tuple[dict[str, Summed], Operands]:
 def compress(vector: Vector, out: Path, options: CompressOptions) -> CompressReport:
     """Write a vector with every matrix as factors; see `Vector.compress`."""
     rank, rescale = options.get("rank", "auto"), options.get("rescale", False)
-    if rank != "auto" and not (rank > 0 if isinstance(rank, int) else 0 < rank <= 1):
-        message = f"rank: expected 1 or more, a share between 0 and 1, or 'auto', found {rank!r}"
-        raise MismatchError(message)
+    check_rank(rank)
     tensors, operands = summed(vector)
 
     def factors(tensor: Summed, file: FactorFile) -> list[str] | None:

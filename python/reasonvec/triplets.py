@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from reasonvec import _reasonvec as core
 from reasonvec.adapter import AdapterFolder
+from reasonvec.errors import MismatchError
 from reasonvec.folders import Folder, VectorFolder
 from reasonvec.json_values import Json
 from reasonvec.run import RunOptions, settings
 from reasonvec.terms import Operands
 
-__all__ = ["Rank", "Triplets", "leading"]
+__all__ = ["Rank", "Triplets", "check_rank", "leading"]
 
 Rank: TypeAlias = int | Literal["auto"] | float
 """How many triplets: a number of them, "auto" for those above the noise floor, or a share between 0
@@ -37,6 +38,13 @@ class Triplets:
     @property
     def rank(self) -> int:
         return int(self.s.size)
+
+
+def check_rank(rank: Rank) -> None:
+    """Raise MismatchError if it is no rank."""
+    if rank != "auto" and not (rank > 0 if isinstance(rank, int) else 0 < rank <= 1):
+        message = f"rank: expected 1 or more, a share between 0 and 1, or 'auto', found {rank!r}"
+        raise MismatchError(message)
 
 
 def leading(

@@ -302,21 +302,6 @@ mod _reasonvec {
         journal::NAME
     }
 
-    fn triplets(py: Python<'_>, matrix: [usize; 2], found: Triplets) -> PyResult<(Tensor, Tensor, Tensor, String)> {
-        let [rows, columns] = matrix.map(|d| d as u64);
-        let Triplets { rank, u, s, v, squares, residual, floor } = found;
-        let r = rank as u64;
-        let mut turned = vec![0.0f32; v.len()];
-        linalg::dense::transpose(&v, &mut turned, columns as usize, rank);
-        let rest = serde_json::json!({"rank": rank, "squares": squares, "residual": residual, "floor": floor});
-        Ok((
-            Tensor::new(Storage::Single(u), 0, Dtype::F32, vec![rows, r]),
-            Tensor::new(Storage::Double(s), 0, Dtype::F64, vec![r]),
-            Tensor::new(Storage::Single(turned), 0, Dtype::F32, vec![r, columns]),
-            report(py, &rest)?,
-        ))
-    }
-
     fn parse_algorithm(py: Python<'_>, name: &str) -> PyResult<Algorithm> {
         parse(py, &serde_json::Value::from(name).to_string())
     }

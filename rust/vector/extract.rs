@@ -402,7 +402,8 @@ impl<'a> Run<'a> {
                 let Extent { max, moved, finite, squares: here } = dispatch::extent(level, &mut bits, x);
                 y.iter_mut().zip(x).for_each(|(y, &x)| *y = *y - x);
                 let left_out = dispatch::dot(level, y, y);
-                if !(finite && left_out.is_finite()) && !self.plan.allow_nonfinite {
+                let sound = finite && left_out.is_finite();
+                if !sound && !self.plan.allow_nonfinite {
                     for terms in [stored, &job.terms] {
                         let range = from..from + x.len() as u64;
                         if let Some(e) = first_nonfinite::<W>(&job.name, &[], terms, level, range, pool)? {

@@ -372,6 +372,8 @@ def test_opening_an_adapter_as_something_else_says_how(family: Family, tmp_path:
         ({"r": None}, "expected r to be a number"),
         ({"lora_alpha": True}, "expected lora_alpha to be a number"),
         ({"alpha_pattern": {"(q+)+_proj": 3}}, "may never end"),
+        ({"alpha_pattern": {"(q|q)*_proj": 3}}, "may never end"),
+        ({"rank_pattern": {".*.*.*.*x": 3}}, "may never end"),
         ({"alpha_pattern": {"(q": 3}}, "write the modules' names"),
         ({"alpha_pattern": [1]}, "is no object"),
         ({"use_frobnication": True}, "use_frobnication"),

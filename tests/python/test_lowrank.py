@@ -367,3 +367,9 @@ def test_the_commands(family: Family, tmp_path: Path) -> None:
     ):
         assert CliRunner().invoke(main, command).exit_code == 0
     assert CliRunner().invoke(main, ["compress", low, "-o", out, "--rank", "none"]).exit_code == 2
+    # An adapter of ours is replaced on request, somebody else's never.
+    assert CliRunner().invoke(main, ["to-lora", low, "-o", lora]).exit_code == 2
+    assert CliRunner().invoke(main, ["to-lora", low, "-o", lora, "--overwrite"]).exit_code == 0
+    adapter_folder(tmp_path / "theirs", family.sft)
+    command = ["to-lora", low, "-o", str(tmp_path / "theirs"), "--overwrite"]
+    assert CliRunner().invoke(main, command).exit_code == 2
