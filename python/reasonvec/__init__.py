@@ -20,6 +20,7 @@ from reasonvec.errors import (
     NonFiniteError,
     ReasonvecError,
 )
+from reasonvec.factors import factors, write_factors
 
 __all__ = [
     "Checkpoint",
@@ -31,12 +32,14 @@ __all__ = [
     "ReasonvecError",
     "Vector",
     "__version__",
+    "factors",
     "lerp",
     "load",
     "mean",
     "open",
     "simd_level",
     "simd_levels",
+    "write_factors",
 ]
 
 __version__: str = version()
