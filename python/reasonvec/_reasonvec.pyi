@@ -25,6 +25,8 @@ __all__ = [
     "predict",
     "simd_level",
     "simd_levels",
+    "spectrum",
+    "svd",
     "values",
     "verify_vector",
     "version",
@@ -223,6 +225,26 @@ def simd_level() -> str:
 def simd_levels() -> list[str]:
     """
     The SIMD levels of this processor, the best last.
+    """
+
+def spectrum(
+    plan: str,
+    operands: Sequence[Checkpoint | VectorFolder],
+    progress: Callable[[int, int], object] | None = None,
+) -> str:
+    """
+    Singular values of one matrix of a plan, its sum of squares and its noise floor, as JSON.
+    """
+
+def svd(
+    plan: str,
+    operands: Sequence[Checkpoint | VectorFolder],
+    progress: Callable[[int, int], object] | None = None,
+    double: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, str]:
+    """
+    Singular triplets of one matrix of a plan: U `[m, r]`, S `[r]` (F64), V^T `[r, n]`, the rest
+    as JSON. U and V^T are F32, or F64 if `double`, which is for the smallest ones.
     """
 
 def values(

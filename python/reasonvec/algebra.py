@@ -199,7 +199,7 @@ class Vector:
         double: bool = False,
         **options: Unpack[RunOptions],
     ) -> Svd:
-        """Singular triplets of one matrix of the vector, read from disk in a few passes and never held.
+        """Singular triplets of one matrix of the vector, read in a few passes and never held.
 
         Args:
             name: a tensor of shape ``[m, n]``, or ``[E, m, n]`` with ``number``.
@@ -374,7 +374,7 @@ class Checkpoint(Point, Mapping[str, "Tensor"]):
         double: bool = False,
         **options: Unpack[RunOptions],
     ) -> Svd:
-        """Singular triplets of one matrix of the checkpoint, read from disk in a few passes and never held.
+        """Singular triplets of one matrix of the checkpoint, read in a few passes and never held.
 
         Args:
             name: a tensor of shape ``[m, n]``, or ``[E, m, n]`` with ``number``.
@@ -399,7 +399,7 @@ class Checkpoint(Point, Mapping[str, "Tensor"]):
             >>> found.u, found.vt
             (Tensor(F32, [128, 4]), Tensor(F32, [4, 64]))
         """
-        from reasonvec.spectrum import rank_rule, svd, checkpoint_matrices
+        from reasonvec.spectrum import checkpoint_matrices, rank_rule, svd
 
         return svd(
             checkpoint_matrices(self.base),
@@ -417,7 +417,7 @@ class Checkpoint(Point, Mapping[str, "Tensor"]):
     ) -> Spectra:
         """Leading singular values of every matrix against its noise floor; ``count=None`` for
         all."""
-        from reasonvec.spectrum import spectra, checkpoint_matrices
+        from reasonvec.spectrum import checkpoint_matrices, spectra
 
         return spectra(checkpoint_matrices(self.base), count=count, seed=seed, options=options)
 

@@ -146,9 +146,7 @@ def write_factors(
         raise ValueError(message)
     names = _selected(model.base, list(include), list(exclude))
     matrices = checkpoint_matrices(model.base)
-    sides: tuple[Literal["top", "bottom"], ...] = (
-        ("top", "bottom") if which == "both" else (which,)
-    )
+    sides: tuple[Literal["top", "bottom"], ...] = ("top", "bottom") if which == "both" else (which,)
     digests = core.digest_tensors(
         model.base.handle, names, "xxh3-128", json.dumps(settings(options)), None
     )
@@ -214,9 +212,7 @@ def _selected(folder: CheckpointFolder, include: list[str], exclude: list[str]) 
     for name, shape in matrices.shapes.items():
         if len(shape) != 2 or 0 in shape or name in copies:
             continue
-        wanted = (
-            any(re.search(p, name) for p in include) if include else kind_of(name) not in _NOT
-        )
+        wanted = any(re.search(p, name) for p in include) if include else kind_of(name) not in _NOT
         if wanted and not any(re.search(p, name) for p in exclude):
             names.append(name)
     if not names:

@@ -335,6 +335,4 @@ def typical(values: Iterable[float]) -> float:
     if not ordered:
         return 0.0
     middle = len(ordered) // 2
-    return (
-        ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-    )
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

@@ -61,7 +61,7 @@ pub fn cross<A: Work, B: Work>(level: Level, threads: usize, a: &[A], p: usize, 
         transpose(&a[from * p..to * p], &mut left, depth, p);
         let right: Vec<f64> = b[from * q..to * q].iter().map(|x| x.to_f64()).collect();
         let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
-        dispatch::multiply(level, &mut slot, &left, &right, [q, depth, q], p, depth, q, level.tall());
+        dispatch::multiply(level, &mut slot, &left, &right, [q, depth, q], [p, depth, q], level.tall());
     });
     let mut sum = vec![0.0; p * q];
     for part in parts.chunks((p * q).max(1)) {
@@ -71,15 +71,7 @@ pub fn cross<A: Work, B: Work>(level: Level, threads: usize, a: &[A], p: usize, 
 }
 
 /// `into += a c` for tall `a` (`rows x p`) and small `c` (`p x q`).
-pub fn add_product<A: Work>(
-    level: Level,
-    threads: usize,
-    into: &mut [f64],
-    a: &[A],
-    p: usize,
-    c: &[f64],
-    q: usize,
-) {
+pub fn add_product<A: Work>(level: Level, threads: usize, into: &mut [f64], a: &[A], p: usize, c: &[f64], q: usize) {
     if q == 0 || p == 0 {
         return;
     }
@@ -90,14 +82,14 @@ pub fn add_product<A: Work>(
         let (from, to) = (i * CHUNK, ((i + 1) * CHUNK).min(rows));
         let left: Vec<f64> = a[from * p..to * p].iter().map(|x| x.to_f64()).collect();
         let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
-        dispatch::multiply(level, &mut slot, &left, c, [q, p, q], to - from, p, q, level.tall());
+        dispatch::multiply(level, &mut slot, &left, c, [q, p, q], [to - from, p, q], level.tall());
     });
 }
 
 /// The product of small matrices, `rows x depth` and `depth x columns`.
 pub fn product(level: Level, a: &[f64], b: &[f64], rows: usize, depth: usize, columns: usize) -> Vec<f64> {
     let mut out = vec![0.0; rows * columns];
-    dispatch::multiply(level, &mut out, a, b, [columns, depth, columns], rows, depth, columns, level.tall());
+    dispatch::multiply(level, &mut out, a, b, [columns, depth, columns], [rows, depth, columns], level.tall());
     out
 }
 
@@ -141,14 +133,7 @@ pub fn invert_triangle(r: &[f64], n: usize) -> Vec<f64> {
 /// Block Gram-Schmidt, twice, and Cholesky QR, twice: with f64 sums that is stable for condition numbers up to 1e7 (Yamamoto et al. 2015,
 /// "Roundoff error analysis of the CholeskyQR2 algorithm"). Columns that depend on others beyond that are replaced by random ones, so that there
 /// always are `b` directions; there must be room for them.
-pub fn orthonormalise(
-    level: Level,
-    threads: usize,
-    w: &mut Vec<f64>,
-    b: usize,
-    earlier: &[Vec<f64>],
-    fresh: Philox,
-) {
+pub fn orthonormalise(level: Level, threads: usize, w: &mut Vec<f64>, b: usize, earlier: &[Vec<f64>], fresh: Philox) {
     let rows = w.len() / b.max(1);
     let mut drawn = 0u64;
     let scales = cross(level, threads, w, b, w, b);

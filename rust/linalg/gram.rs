@@ -66,7 +66,8 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
                     let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
                     let mut scratch: (Scratch<f32>, Scratch<f64>) = Default::default();
                     let rows = from + i * 24..from + i * 24 + slot.len() / n;
-                    let read = panel::read_double(matrix, level, rows.clone(), &mut scratch, &mut Vec::new(), &mut slot);
+                    let read =
+                        panel::read_double(matrix, level, rows.clone(), &mut scratch, &mut Vec::new(), &mut slot);
                     match read {
                         Ok(s) => *sums[i].lock().unwrap_or_else(PoisonError::into_inner) = s,
                         Err(e) => fail(i, e),
@@ -97,8 +98,7 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
                 }
             });
             drop(slots);
-            squares +=
-                left[..n * depth].chunks(dispatch::MICRO).map(|m| dispatch::dot(level, m, m)).sum::<f64>();
+            squares += left[..n * depth].chunks(dispatch::MICRO).map(|m| dispatch::dot(level, m, m)).sum::<f64>();
         }
         if let Some((_, e)) = error.into_inner().unwrap_or_else(PoisonError::into_inner) {
             return Err(e);
@@ -126,7 +126,7 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
                 let b = &right[strip * STRIP * depth..];
                 let width = STRIP.min(n - strip * STRIP);
                 let into = &mut slot[strip * STRIP..];
-                dispatch::multiply(level, into, a, b, [n, depth, STRIP], rows, depth, width, level.tall());
+                dispatch::multiply(level, into, a, b, [n, depth, STRIP], [rows, depth, width], level.tall());
             }
         });
         sweep.control.advance((matrix.bytes() as f64 * depth as f64 / long as f64) as u64);
@@ -193,15 +193,8 @@ pub(super) fn side(sweep: &Sweep<'_>, vectors: Vec<f64>, r: usize, squares: f64)
             panel::read_double(matrix, level, range, &mut scratch, &mut Vec::new(), &mut piece).map(|_| ())
         } else {
             let mut across = vec![0.0; piece.len()];
-            let read = panel::read_columns(
-                matrix,
-                level,
-                0..matrix.rows,
-                range,
-                &mut scratch,
-                &mut Vec::new(),
-                &mut across,
-            );
+            let read =
+                panel::read_columns(matrix, level, 0..matrix.rows, range, &mut scratch, &mut Vec::new(), &mut across);
             transpose(&across, &mut piece, matrix.rows, count);
             read
         };

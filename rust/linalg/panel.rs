@@ -44,7 +44,9 @@ impl<'a> Matrix<'a> {
             }),
             _ => Err(Error::mismatch(
                 name,
-                format!("has the shape {shape:?}; singular values are those of a matrix [m, n]: take one of a stack by its number, leave other tensors out"),
+                format!(
+                    "has the shape {shape:?}; singular values are those of a matrix [m, n]: take one of a stack by its number, leave other tensors out"
+                ),
             )),
         }
     }

@@ -3,10 +3,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Exact, Matrix, Rank, Triplets, gram, rsvd};
+use crate::Result;
 use crate::operand::Term;
 use crate::plan::{Operands, Settings, TermPlan, elements, noises, scale_noise};
 use crate::stream::Control;
-use crate::Result;
 
 /// A matrix of an expression.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -108,7 +108,9 @@ pub fn svd(plan: &SvdPlan, operands: Operands<'_>, control: &Control) -> Result<
         (Which::Top, rank) => rsvd::top(&matrix, rank, plan.seed, &plan.settings, control)?,
         (Which::Bottom, Rank::Fixed(r)) => gram::bottom(&matrix, r, &plan.settings, control)?,
         (Which::Bottom, _) => {
-            return Err(crate::Error::Usage("of the smallest triplets a number is wanted, not a share or a floor".into()));
+            return Err(crate::Error::Usage(
+                "of the smallest triplets a number is wanted, not a share or a floor".into(),
+            ));
         }
     };
     Ok(([matrix.rows, matrix.columns], found))
@@ -136,8 +138,7 @@ pub fn svd_exact(plan: &SvdPlan, operands: Operands<'_>, control: &Control) -> R
 pub fn spectrum(plan: &SpectrumPlan, operands: Operands<'_>, control: &Control) -> Result<Spectrum> {
     let terms = plan.matrix.terms(operands, &plan.settings, control)?;
     let matrix = plan.matrix.matrix(&terms)?;
-    let floor =
-        if plan.floor { Some(rsvd::floor(&matrix, plan.seed, &plan.settings, control)?) } else { None };
+    let floor = if plan.floor { Some(rsvd::floor(&matrix, plan.seed, &plan.settings, control)?) } else { None };
     let (values, squares) = match plan.count {
         Some(r) => {
             let found = rsvd::top(&matrix, Rank::Fixed(r), plan.seed, &plan.settings, control)?;

@@ -22,11 +22,11 @@ mod _reasonvec {
     use super::enter::{enter, fail};
     use super::tensor::Storage;
     use crate::dtype::Dtype;
+    use crate::linalg::Triplets;
     use crate::merge;
     use crate::plan::{Operands, Settings, TermPlan};
     use crate::simd::Level;
     use crate::store::{Algorithm, FileMap, Pool, TensorView, journal, writer};
-    use crate::linalg::Triplets;
     use crate::{Error, inspect, linalg, vector};
 
     /// The version of the compiled core.
@@ -135,8 +135,8 @@ mod _reasonvec {
         Ok(Tensor::new(storage, 0, dtype, vec![stop - start]))
     }
 
-    /// Singular triplets of one matrix of a plan: U `[m, r]`, S `[r]` (F64), V^T `[r, n]`, and the rest as JSON. U and V^T are F32, or F64 if `double`,
-    /// which is for the smallest ones.
+    /// Singular triplets of one matrix of a plan: U `[m, r]`, S `[r]` (F64), V^T `[r, n]`, the rest
+    /// as JSON. U and V^T are F32, or F64 if `double`, which is for the smallest ones.
     #[pyfunction]
     #[pyo3(signature = (plan, operands: "Sequence[Checkpoint | VectorFolder]", progress: "Callable[[int, int], object] | None" = None, double=false))]
     fn svd(
