@@ -84,22 +84,24 @@ def save(
     facts: Mapping[str, object],
     rows: Sequence[Row],
     seconds: Mapping[str, Sequence[float]],
+    name: str = "compare",
+    title: str = "Side by side with the disk and with mergekit",
 ) -> None:
-    """Write compare.md, for people, and compare.json, with every single time, into `folder`."""
+    """Write `name`.md, for people, and `name`.json, with every single time, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     about = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     tables = (
         _markdown(_HEAD, (row.cells() for row in rows)),
         _markdown(_TIMES_HEAD, _times(seconds)),
     )
-    text = "\n\n".join(["# Side by side with the disk and with mergekit", notes, about, *tables])
-    (folder / "compare.md").write_text(text + "\n", encoding="utf-8")
+    text = "\n\n".join([f"# {title}", notes, about, *tables])
+    (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     record = {
         **facts,
         "rows": [asdict(row) | {"mark": row.mark} for row in rows],
         "seconds": seconds,
     }
-    (folder / "compare.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def machine() -> str:
