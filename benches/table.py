@@ -87,7 +87,7 @@ def save(
     rows: Sequence[Row],
     seconds: Mapping[str, Sequence[float]],
 ) -> None:
-    """Write NAME.md, for people, and NAME.json, with every single time, into `folder`."""
+    """Write `name`.md, for people, and `name`.json, with every single time, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     about = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     tables = (

@@ -30,6 +30,7 @@ from reasonvec.errors import (
     NonFiniteError,
     ReasonvecError,
 )
+from reasonvec.factors import factors, write_factors
 from reasonvec.merging.custom import method
 from reasonvec.merging.merge import (
     Merge,
@@ -76,6 +77,7 @@ __all__ = [
     "dare_ties",
     "della",
     "della_linear",
+    "factors",
     "karcher",
     "lerp",
     "linear",
@@ -99,6 +101,7 @@ __all__ = [
     "stack",
     "task_arithmetic",
     "ties",
+    "write_factors",
 ]
 
 __version__: str = version()

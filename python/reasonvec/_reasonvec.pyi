@@ -26,6 +26,8 @@ __all__ = [
     "predict",
     "simd_level",
     "simd_levels",
+    "spectrum",
+    "svd",
     "values",
     "verify_vector",
     "version",
@@ -267,8 +269,8 @@ def svd(
     double: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, str]:
     """
-    Singular triplets of one matrix of a plan: U `[m, r]`, S `[r]` (F64), V^T `[r, n]`, and the
-    rest as JSON. U and V^T are F32, or F64 if `double`, which is for the smallest ones.
+    Singular triplets of one matrix of a plan: U `[m, r]`, S `[r]` (F64), V^T `[r, n]`, the rest
+    as JSON. U and V^T are F32, or F64 if `double`, which is for the smallest ones.
     """
 
 def values(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from reasonvec.lora import LoraOptions, LoraReport
     from reasonvec.lowrank import CompressOptions, CompressReport
     from reasonvec.run import RunOptions
+    from reasonvec.spectrum import Spectra, Svd
 
 __all__ = [
     "Checkpoint",
@@ -269,6 +270,66 @@ class Vector:
 
         return compare(self, other, **options)
 
+    def svd(
+        self,
+        name: str,
+        rank: int | Literal["auto"] | None = None,
+        *,
+        energy: float | None = None,
+        error: float | None = None,
+        number: int | None = None,
+        which: Literal["top", "bottom"] = "top",
+        seed: int = 0,
+        double: bool = False,
+        **options: Unpack[RunOptions],
+    ) -> Svd:
+        """Singular triplets of one matrix of the vector, read in a few passes and never held.
+
+        Args:
+            name: a tensor of shape ``[m, n]``, or ``[E, m, n]`` with ``number``.
+            rank: how many, or ``"auto"``: those above the noise floor, the largest singular value
+                of the same matrix with random signs.
+            energy: as few as hold this share of the sum of squares.
+            error: as few as leave this share of the norm at most.
+            number: which matrix of a stack.
+            which: the largest (randomised, nearly optimal) or the smallest (from the Gram matrix in
+                f64, exact; by ``rank`` alone).
+            seed: of the random test matrix; the same seed gives the same bits everywhere.
+            double: vectors in F64 (for the smallest), not F32.
+
+        Raises:
+            MismatchError: there is no such matrix.
+            NonFiniteError: NaN or infinity in it.
+
+        Examples:
+            >>> import reasonvec as rv
+            >>> reason = rv.open(family.rl) - rv.open(family.sft)
+            >>> found = reason.svd("model.layers.0.mlp.up_proj.weight", rank=4)
+            >>> found.u, found.vt
+            (Tensor(F32, [128, 4]), Tensor(F32, [4, 64]))
+        """
+        from reasonvec.spectrum import rank_rule, svd, vector_matrices
+
+        return svd(
+            vector_matrices(self),
+            name,
+            rule=rank_rule(rank, energy, error),
+            number=number,
+            which=which,
+            seed=seed,
+            double=double,
+            options=options,
+        )
+
+    def spectrum(
+        self, *, count: int | None = 64, seed: int = 0, **options: Unpack[RunOptions]
+    ) -> Spectra:
+        """Leading singular values of every matrix against its noise floor; ``count=None`` for
+        all."""
+        from reasonvec.spectrum import spectra, vector_matrices
+
+        return spectra(vector_matrices(self), count=count, seed=seed, options=options)
+
     def __str__(self) -> str:
         return " + ".join(term.text for term in self.terms) if self.terms else "0"
 
@@ -391,6 +452,66 @@ class Checkpoint(Point, Mapping[str, "Tensor"]):
         from reasonvec.inspect import inspect_checkpoint
 
         return inspect_checkpoint(self.base, **options)
+
+    def svd(
+        self,
+        name: str,
+        rank: int | Literal["auto"] | None = None,
+        *,
+        energy: float | None = None,
+        error: float | None = None,
+        number: int | None = None,
+        which: Literal["top", "bottom"] = "top",
+        seed: int = 0,
+        double: bool = False,
+        **options: Unpack[RunOptions],
+    ) -> Svd:
+        """Singular triplets of one matrix of the checkpoint, read in a few passes and never held.
+
+        Args:
+            name: a tensor of shape ``[m, n]``, or ``[E, m, n]`` with ``number``.
+            rank: how many, or ``"auto"``: those above the noise floor, the largest singular value
+                of the same matrix with random signs.
+            energy: as few as hold this share of the sum of squares.
+            error: as few as leave this share of the norm at most.
+            number: which matrix of a stack.
+            which: the largest (randomised, nearly optimal) or the smallest (from the Gram matrix in
+                f64, exact; by ``rank`` alone).
+            seed: of the random test matrix; the same seed gives the same bits everywhere.
+            double: vectors in F64 (for the smallest), not F32.
+
+        Raises:
+            MismatchError: there is no such matrix.
+            NonFiniteError: NaN or infinity in it.
+
+        Examples:
+            >>> import reasonvec as rv
+            >>> model = rv.open(family.sft)
+            >>> found = model.svd("model.layers.0.mlp.up_proj.weight", rank=4)
+            >>> found.u, found.vt
+            (Tensor(F32, [128, 4]), Tensor(F32, [4, 64]))
+        """
+        from reasonvec.spectrum import checkpoint_matrices, rank_rule, svd
+
+        return svd(
+            checkpoint_matrices(self.base),
+            name,
+            rule=rank_rule(rank, energy, error),
+            number=number,
+            which=which,
+            seed=seed,
+            double=double,
+            options=options,
+        )
+
+    def spectrum(
+        self, *, count: int | None = 64, seed: int = 0, **options: Unpack[RunOptions]
+    ) -> Spectra:
+        """Leading singular values of every matrix against its noise floor; ``count=None`` for
+        all."""
+        from reasonvec.spectrum import checkpoint_matrices, spectra
+
+        return spectra(checkpoint_matrices(self.base), count=count, seed=seed, options=options)
 
 
 def _no_sum(a: Point, b: Point) -> NoReturn:

@@ -61,7 +61,7 @@ pub fn cross<A: Work, B: Work>(level: Level, threads: usize, a: &[A], p: usize, 
         transpose(&a[from * p..to * p], &mut left, depth, p);
         let right: Vec<f64> = b[from * q..to * q].iter().map(|x| x.to_f64()).collect();
         let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
-        dispatch::multiply(level, &mut slot, &left, &right, [q, depth, q], p, depth, q, level.tall());
+        dispatch::multiply(level, &mut slot, &left, &right, [q, depth, q], [p, depth, q], level.tall());
     });
     let mut sum = vec![0.0; p * q];
     for part in parts.chunks((p * q).max(1)) {
@@ -82,14 +82,14 @@ pub fn add_product<A: Work>(level: Level, threads: usize, into: &mut [f64], a: &
         let (from, to) = (i * CHUNK, ((i + 1) * CHUNK).min(rows));
         let left: Vec<f64> = a[from * p..to * p].iter().map(|x| x.to_f64()).collect();
         let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
-        dispatch::multiply(level, &mut slot, &left, c, [q, p, q], to - from, p, q, level.tall());
+        dispatch::multiply(level, &mut slot, &left, c, [q, p, q], [to - from, p, q], level.tall());
     });
 }
 
 /// The product of small matrices, `rows x depth` and `depth x columns`.
 pub fn product(level: Level, a: &[f64], b: &[f64], rows: usize, depth: usize, columns: usize) -> Vec<f64> {
     let mut out = vec![0.0; rows * columns];
-    dispatch::multiply(level, &mut out, a, b, [columns, depth, columns], rows, depth, columns, level.tall());
+    dispatch::multiply(level, &mut out, a, b, [columns, depth, columns], [rows, depth, columns], level.tall());
     out
 }
 

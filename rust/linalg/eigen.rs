@@ -221,3 +221,60 @@ pub(super) fn values(mut a: Vec<f64>, n: usize, _level: crate::simd::Level, _thr
     let (d, e) = reduce(&mut a, n, false);
     tridiagonal(d, e)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::philox::Philox;
+    use crate::simd::{Level, dispatch};
+
+    fn symmetric_matrix(n: usize) -> Vec<f64> {
+        let mut a = vec![0.0; n * n];
+        dispatch::normal(Level::portable(), &mut a, Philox::new(9, "s", 1), 0, 1.0);
+        (0..n * n).map(|e| a[e] + a[e % n * n + e / n]).collect()
+    }
+
+    #[test]
+    fn eigenpairs_are_eigenpairs() {
+        for n in [1, 2, 3, 17, 80] {
+            let a = symmetric_matrix(n);
+            let (values, vectors) = symmetric(&a, n);
+            for (value, v) in values.iter().zip(vectors.chunks_exact(n)) {
+                assert!((dot(v, v) - 1.0).abs() < 1e-12);
+                for i in 0..n {
+                    assert!((dot(&a[i * n..(i + 1) * n], v) - value * v[i]).abs() < 1e-11 * (n as f64));
+                }
+            }
+            assert!(values.is_sorted_by(|a, b| a >= b));
+        }
+        assert_eq!(symmetric(&[0.0; 9], 3).0, [0.0; 3]);
+        assert_eq!(symmetric(&[2.0, 0.0, 0.0, 5.0], 2).0, [5.0, 2.0]);
+    }
+
+    #[test]
+    fn jacobi_finds_small_values_as_exactly_as_large_ones() {
+        // Columns of lengths from 1 to 1e-12, at right angles but for a rotation of the rows.
+        let n = 5;
+        let (c, s) = (0.6, 0.8);
+        let mut a = vec![0.0; n * n];
+        for j in 0..n {
+            let length = 10f64.powi(-3 * j as i32);
+            a[j * n + j] = c * length;
+            a[(j + 1) % n * n + j] += s * length;
+        }
+        let (values, u, v) = jacobi(&a, n);
+        let mut back = vec![0.0; n * n];
+        for i in 0..n {
+            for j in 0..n {
+                back[i * n + j] = (0..n).map(|k| u[i * n + k] * values[k] * v[j * n + k]).sum();
+            }
+        }
+        for j in 0..n {
+            let off: f64 = (0..n).map(|i| (back[i * n + j] - a[i * n + j]).powi(2)).sum::<f64>().sqrt();
+            assert!(off < 1e-14 * 10f64.powi(-3 * j as i32) + 1e-17, "column {j}: {off}");
+        }
+        let product: f64 = values.iter().product();
+        let determinant = (c.powi(5) + s.powi(5)) * 1e-30;
+        assert!((product / determinant - 1.0).abs() < 1e-12);
+    }
+}

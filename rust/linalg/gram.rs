@@ -126,7 +126,7 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
                 let b = &right[strip * STRIP * depth..];
                 let width = STRIP.min(n - strip * STRIP);
                 let into = &mut slot[strip * STRIP..];
-                dispatch::multiply(level, into, a, b, [n, depth, STRIP], rows, depth, width, level.tall());
+                dispatch::multiply(level, into, a, b, [n, depth, STRIP], [rows, depth, width], level.tall());
             }
         });
         sweep.control.advance((matrix.bytes() as f64 * depth as f64 / long as f64) as u64);

@@ -53,7 +53,7 @@ impl Factor {
                     let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
                     let rows = slot.len() / size;
                     let a = &both[(below + i * NB) * n + from..];
-                    dispatch::multiply(level, &mut slot, a, &upper, [size, n, size], rows, size, size, level.tall());
+                    dispatch::multiply(level, &mut slot, a, &upper, [size, n, size], [rows, size, size], level.tall());
                 });
                 drop(slots);
                 let strips = rest.div_ceil(STRIP);
@@ -78,7 +78,7 @@ impl Factor {
                         let width = STRIP.min(rest - strip * STRIP);
                         let into = &mut slot[below + strip * STRIP..];
                         let (a, b) = (&column[i * NB * size..], &packed[strip * STRIP * size..]);
-                        dispatch::multiply(level, into, a, b, [n, size, STRIP], rows, size, width, level.tall());
+                        dispatch::multiply(level, into, a, b, [n, size, STRIP], [rows, size, width], level.tall());
                     }
                 });
             }
@@ -138,7 +138,7 @@ impl Factor {
             let depth = RUN.min(solved.end - k);
             let a = &self.both[from * n + k..];
             let b = &y[k * STRIP..];
-            dispatch::multiply(level, &mut sums, a, b, [STRIP, n, STRIP], size, depth, STRIP, level.tall());
+            dispatch::multiply(level, &mut sums, a, b, [STRIP, n, STRIP], [size, depth, STRIP], level.tall());
         }
         let block = &mut y[from * STRIP..(from + size) * STRIP];
         for (s, y) in sums.iter_mut().zip(&*block) {
@@ -153,7 +153,7 @@ impl Factor {
         } else {
             inverse
         };
-        dispatch::multiply(level, block, by, &sums, [STRIP, size, STRIP], size, size, STRIP, level.tall());
+        dispatch::multiply(level, block, by, &sums, [STRIP, size, STRIP], [size, size, STRIP], level.tall());
     }
 }
 
@@ -203,8 +203,7 @@ pub(super) fn smallest(
         shift *= 16.0;
     }
     let Some(mut factor) = factor else { return Ok(whole(a)) };
-    let mut moved = 0;
-    for _ in 0..8 {
+    for moved in 0..8 {
         // The first look is short: it says where to put the shift.
         let length = if moved == 0 { 3 } else { LONGEST.min(n / (2 * b)) };
         let found = iterate(level, threads, &factor, &start, b, r, length, fresh, control)?;
@@ -242,7 +241,6 @@ pub(super) fn smallest(
                 below *= 2.5;
             }
         }
-        moved += 1;
     }
     Ok(whole(a))
 }

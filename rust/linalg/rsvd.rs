@@ -121,12 +121,12 @@ impl<'a> Sweep<'a> {
                     y.fill(0.0);
                     for k in (0..n).step_by(RUN) {
                         let depth = RUN.min(n - k);
-                        dispatch::multiply(level, y, &p[k..], &v[k * b..], [b, n, b], height, depth, b, level.tall());
+                        dispatch::multiply(level, y, &p[k..], &v[k * b..], [b, n, b], [height, depth, b], level.tall());
                     }
                 }
                 let left = &mut worker.left[..height * b];
                 transpose(y, left, height, b);
-                dispatch::multiply(level, &mut worker.sums, left, p, [n, height, n], b, height, n, level.tall());
+                dispatch::multiply(level, &mut worker.sums, left, p, [n, height, n], [b, height, n], level.tall());
             }
             turn.take(number, self.control, || {
                 let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
@@ -515,4 +515,70 @@ fn wide(u: &[f64], turned: &[f64], rows: usize, columns: usize, k: usize, rank: 
     let r = choose(rank, &all.s, all.squares, None).unwrap_or(small).min(small);
     keep(&mut all, rows, columns, r);
     Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(rows: usize, columns: usize, seed: u64) -> Vec<f32> {
+        let mut values = vec![0.0f32; rows * columns];
+        dispatch::normal(Level::portable(), &mut values, Philox::new(seed, "t", 1), 0, 1.0);
+        values
+    }
+
+    fn multiplied(u: &[f32], v: &[f32], rows: usize, columns: usize, k: usize) -> Vec<f64> {
+        let at = |i: usize, j: usize| (0..k).map(|l| f64::from(u[i * k + l]) * f64::from(v[j * k + l])).sum();
+        (0..rows * columns).map(|e| at(e / columns, e % columns)).collect()
+    }
+
+    #[test]
+    fn factors_side_by_side_are_recompressed_to_the_same_sum() {
+        // Also with more factors than a side has directions, and with factors that repeat.
+        for (rows, columns, k) in [(60, 45, 7), (20, 50, 30), (50, 20, 30), (33, 1, 2)] {
+            let (u, mut v) = (random(rows, k, 1), random(columns, k, 2));
+            for row in v.chunks_exact_mut(k) {
+                row[k - 1] = row[0];
+            }
+            let a = multiplied(&u, &v, rows, columns, k);
+            let norm = a.iter().map(|x| x * x).sum::<f64>().sqrt();
+            let all = recompress(&u, &v, rows, columns, k, Rank::Fixed(k)).expect("fits");
+            let mut scaled = all.u.clone();
+            for row in scaled.chunks_exact_mut(all.rank) {
+                row.iter_mut().zip(&all.s).for_each(|(x, &s)| *x *= s as f32);
+            }
+            let b = multiplied(&scaled, &all.v, rows, columns, all.rank);
+            let off = a.iter().zip(&b).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt();
+            assert!(off < 2e-6 * norm, "{rows} x {columns}, {k}: {off} of {norm}");
+            assert!(all.s.is_sorted_by(|a, b| a >= b));
+            let half = recompress(&u, &v, rows, columns, k, Rank::Error(0.5)).expect("fits");
+            assert!(half.rank <= all.rank && half.residual <= 0.5 * norm * (1.0 + 1e-9));
+        }
+        assert!(recompress(&[1.0], &[1.0], 1, 1, 1, Rank::Noise).is_err());
+        assert!(recompress(&[1.0], &[1.0], 2, 1, 1, Rank::Fixed(1)).is_err());
+    }
+
+    #[test]
+    fn dependent_columns_become_orthonormal_ones() {
+        let level = Level::portable();
+        let (rows, b) = (90, 16);
+        for copies in [1, 5, 16] {
+            let mut w: Vec<f64> = random(rows, b, 3).iter().map(|&x| f64::from(x)).collect();
+            for row in w.chunks_exact_mut(b) {
+                let first = row[0];
+                row[..copies].fill(first);
+            }
+            let mut earlier: Vec<f64> = random(rows, b, 4).iter().map(|&x| f64::from(x)).collect();
+            orthonormalise(level, 1, &mut earlier, b, &[], Philox::new(0, "t", 5));
+            let earlier = [earlier];
+            orthonormalise(level, 1, &mut w, b, &earlier, Philox::new(0, "t", 6));
+            let (own, other) = (cross(level, 1, &w, b, &w, b), cross(level, 1, &earlier[0], b, &w, b));
+            for i in 0..b {
+                for j in 0..b {
+                    let wanted = if i == j { 1.0 } else { 0.0 };
+                    assert!((own[i * b + j] - wanted).abs() < 1e-12 && other[i * b + j].abs() < 1e-12);
+                }
+            }
+        }
+    }
 }

@@ -152,8 +152,8 @@ mod _reasonvec {
         enter(py, None, |_| inspect::corrections(&terms, name, elements, start..stop, Operands(&operands)))
     }
 
-    /// Singular triplets of one matrix of a plan: U `[m, r]`, S `[r]` (F64), V^T `[r, n]`, and the rest as JSON. U and V^T are F32, or F64 if `double`,
-    /// which is for the smallest ones.
+    /// Singular triplets of one matrix of a plan: U `[m, r]`, S `[r]` (F64), V^T `[r, n]`, the rest
+    /// as JSON. U and V^T are F32, or F64 if `double`, which is for the smallest ones.
     #[pyfunction]
     #[pyo3(signature = (plan, operands: "Sequence[Checkpoint | VectorFolder]", progress: "Callable[[int, int], object] | None" = None, double=false))]
     fn svd(

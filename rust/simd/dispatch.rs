@@ -103,7 +103,7 @@ stamp!(
 
 stamp!(
     /// [`kernel::multiply`] at a level.
-    multiply [W: Work] (into: &mut [W], a: &[W], b: &[W], strides: [usize; 3], rows: usize, depth: usize, columns: usize, tall: usize)
+    multiply [W: Work] (into: &mut [W], a: &[W], b: &[W], strides: [usize; 3], size: [usize; 3], tall: usize)
 );
 stamp!(
     /// [`kernel::flip`] at a level.

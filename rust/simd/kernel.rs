@@ -344,19 +344,16 @@ pub fn agreement<W: Work>(a: &[W], b: &[W]) -> (u64, u64) {
 /// Columns of a register tile of a product.
 const ACROSS: usize = 16;
 
-/// `into[i][..columns] += sum over k of a[i][k] * b[k][..columns]` for `rows` rows of `depth` elements. Rows of `into`, `a` and `b` are
+/// `into[i][..columns] += sum over k of a[i][k] * b[k][..columns]` for the rows, the depth and the columns of a size. Rows of `into`, `a` and `b` are
 /// `strides` apart. Every element's products are added in the order of `k`, then to what was there: the same bits whatever `tall`,
 /// the rows of a register tile, is.
 #[inline(always)]
-#[allow(clippy::too_many_arguments, reason = "a product of three matrices with strides has as many")]
 pub fn multiply<W: Work>(
     into: &mut [W],
     a: &[W],
     b: &[W],
     strides: [usize; 3],
-    rows: usize,
-    depth: usize,
-    columns: usize,
+    [rows, depth, columns]: [usize; 3],
     tall: usize,
 ) {
     if depth == 0 {

@@ -525,6 +525,87 @@ def compare(
 
 
 @main.command()
+@click.argument("path", type=INPUT, metavar="[PATH]", required=False)
+@vector_sources
+@click.option("--count", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--all-values", is_flag=True, help="Every singular value (slow for large matrices).")
+@click.option("--seed", type=int, default=0, show_default=True)
+@running_options
+@output_options
+def spectrum(
+    path: Path | None,
+    pairs: Pairs,
+    count: int,
+    seed: int,
+    threads: int,
+    memory_budget: int,
+    *,
+    all_values: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Singular values of a vector or a checkpoint against the noise floor, by layer and module."""
+    from reasonvec.cli.show import show_spectra
+    from reasonvec.folders import is_vector
+
+    with guarded(), progress("decomposing", quiet=quiet or as_json) as tell:
+        options = run_options(threads, memory_budget, tell)
+        many = None if all_values else count
+        if path is not None and not pairs and not is_vector(path):
+            report = open_point(path).spectrum(count=many, seed=seed, **options)
+        else:
+            vector = _each([] if path is None else [path], pairs, only=1)[0]
+            report = vector.spectrum(count=many, seed=seed, **options)
+    emit(report.as_json, lambda: show_spectra(report), as_json=as_json, quiet=quiet)
+
+
+@main.command()
+@click.argument("model", type=INPUT, metavar="MODEL")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE"
+)
+@click.option("--rank", type=click.IntRange(min=1), required=True, help="Triplets of each matrix.")
+@click.option(
+    "--which", type=click.Choice(["bottom", "top", "both"]), default="bottom", show_default=True
+)
+@selecting_options
+@click.option("--seed", type=int, default=0, show_default=True)
+@running_options
+@output_options
+def factors(
+    model: Path,
+    output: Path,
+    rank: int,
+    which: Literal["bottom", "top", "both"],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    seed: int,
+    threads: int,
+    memory_budget: int,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """The largest or smallest singular triplets of MODEL's matrices, for adapters to start from."""
+    from reasonvec.cli.show import show_factors
+    from reasonvec.factors import write_factors
+
+    with guarded(), progress("factoring", quiet=quiet or as_json) as tell:
+        written = write_factors(
+            open_point(model),
+            output,
+            rank=rank,
+            which=which,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            **run_options(threads, memory_budget, tell),
+        )
+    report = {"file": str(output), "tensors": written.rows}
+    emit(lambda: report, lambda: show_factors(written), as_json=as_json, quiet=quiet)
+
+
+@main.command()
 @click.argument("folder", type=INPUT, metavar="DIR")
 @running_options
 @output_options

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from reasonvec.check import CheckReport, Distances
     from reasonvec.compare import Comparison, Pair
     from reasonvec.extract import ExtractReport, Row
+    from reasonvec.factors import Factors
     from reasonvec.inspection import GroupMeasure, Inspection
     from reasonvec.lora import LeftOut, LoraReport
     from reasonvec.lowrank import CompressReport
     from reasonvec.rounding import Rounding
+    from reasonvec.spectrum import Spectra, TensorSpectrum
     from reasonvec.undo import UndoReport
     from reasonvec.verify import DiffReport, VerifyReport
 
@@ -303,6 +305,42 @@ def show_comparison(report: Comparison) -> None:
     if layers:
         _say("")
         _table(["layer", *columns], layers)
+
+
+def show_spectra(report: Spectra) -> None:
+    from reasonvec.spectrum import typical
+
+    def cells(name: str, rows: Sequence[TensorSpectrum]) -> list[str]:
+        return [
+            name,
+            str(len(rows)),
+            f"{typical(row.rank for row in rows):g}",
+            str(max(row.rank for row in rows)),
+            _share(typical(row.energy for row in rows)),
+            f"{typical(row.stable_rank for row in rows):.1f}",
+            magnitude(typical(row.values[0] if row.values else 0.0 for row in rows)),
+            magnitude(typical(row.floor for row in rows)),
+        ]
+
+    columns = ["matrices", "rank", "most", "energy", "stable rank", "largest", "noise floor"]
+    _say(f"singular values above the noise floor (medians over matrices): {escape(report.title)}")
+    _table(["module", *columns], [cells(kind, rows) for kind, rows in report.by_kind().items()])
+    layers = [
+        cells(str(layer), rows) for layer, rows in report.by_layer().items() if layer is not None
+    ]
+    if layers:
+        _say("")
+        _table(["layer", *columns], layers)
+    if report.skipped:
+        _say(f"left out, of one dimension or more than three: {count(len(report.skipped))} tensors")
+
+
+def show_factors(written: Factors) -> None:
+    ranks = sorted({str(row["rank"]) for row in written.rows.values()})
+    _say(
+        f"{escape(str(written.path))}: {count(len(written.rows))} matrices at rank "
+        f"{', '.join(ranks)}, {size(written.path.stat().st_size)}"
+    )
 
 
 def show_verify(report: VerifyReport) -> None:

@@ -1,0 +1,96 @@
+"""Readable NumPy versions of the spectral engine: the specification, and the oracle of its tests.
+
+`krylov` is the algorithm of ``rust/linalg/rsvd.rs`` in f64 and with NumPy's own SVD; `flipped` and
+`noise_floor` make the same signs as the core, so that floors and ranks can be compared.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["bottom", "flipped", "krylov", "noise_floor", "noise_rank", "signs"]
+
+Array: TypeAlias = NDArray[np.float64]
+_MASK = (1 << 64) - 1
+_SIGNS = 17
+
+
+def _splitmix64(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    z = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def _key(seed: int, name: str, stream: int) -> tuple[int, int]:
+    h = 0xCBF29CE484222325
+    for byte in name.encode():
+        h = ((h ^ byte) * 0x100000001B3) & _MASK
+    key = _splitmix64(h ^ _splitmix64(seed) ^ _splitmix64(stream ^ 0x5265617356656300))
+    return key & 0xFFFFFFFF, key >> 32
+
+
+def _words(key: tuple[int, int], counters: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Philox4x32-10: four words per counter, ``[n, 4]``."""
+    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    x0, x1 = counters & low, counters >> shift
+    x2, x3 = np.zeros_like(x0), np.zeros_like(x0)
+    k0, k1 = np.uint64(key[0]), np.uint64(key[1])
+    for _ in range(10):
+        a, b = np.uint64(0xD2511F53) * x0, np.uint64(0xCD9E8D57) * x2
+        x0, x1, x2, x3 = (b >> shift) ^ x1 ^ k0, b & low, (a >> shift) ^ x3 ^ k1, a & low
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+    return np.stack([x0, x1, x2, x3], axis=1)
+
+
+def signs(elements: int, name: str, seed: int = 0) -> Array:
+    """+1 or -1 per element: -1 where bit ``i % 32`` of word ``i // 32 % 4`` at counter ``i // 128``
+    of the tensor's generator (stream 17) is set."""
+    words = _words(_key(seed, name, _SIGNS), np.arange(-(-elements // 128), dtype=np.uint64))
+    bits = (words[:, :, None] >> np.arange(32, dtype=np.uint64)) & np.uint64(1)
+    return 1.0 - 2.0 * bits.reshape(-1)[:elements].astype(np.float64)
+
+
+def flipped(a: Array, name: str, seed: int = 0) -> Array:
+    """The matrix with random signs."""
+    return a * signs(a.size, name, seed).reshape(a.shape)
+
+
+def noise_floor(a: Array, name: str, seed: int = 0) -> float:
+    """The largest singular value of the matrix with random signs: what entries of these sizes make
+    without any structure (specs of reasoning vectors, fact 2)."""
+    return float(np.linalg.norm(flipped(a, name, seed), 2))
+
+
+def noise_rank(a: Array, name: str, seed: int = 0) -> int:
+    """How many singular values stand above the noise floor."""
+    values = np.linalg.svd(a, compute_uv=False)
+    return int((values > noise_floor(a, name, seed)).sum())
+
+
+def krylov(a: Array, start: Array, rank: int, depth: int) -> tuple[Array, Array, Array]:
+    """U, S and V^T of the projection of ``a`` on the range of ``a V``, with ``V`` an orthonormal
+    basis of ``start, (a^T a) start, ..., (a^T a)^(depth - 1) start`` (Musco and Musco, NeurIPS
+    2015)."""
+    blocks: list[Array] = []
+    block = start
+    for _ in range(depth):
+        for _ in range(2):
+            for v in blocks:
+                block = block - v @ (v.T @ block)
+            block = np.linalg.qr(block)[0]
+        blocks.append(block)
+        block = a.T @ (a @ block)
+    q = np.linalg.qr(a @ np.concatenate(blocks, axis=1))[0]
+    u, s, vt = np.linalg.svd(q.T @ a, full_matrices=False)
+    return q @ u[:, :rank], s[:rank], vt[:rank]
+
+
+def bottom(a: Array, rank: int) -> Array:
+    """The part of the matrix in its ``rank`` smallest singular triplets."""
+    u, s, vt = np.linalg.svd(a, full_matrices=False)
+    part: Array = (u[:, -rank:] * s[-rank:]) @ vt[-rank:]
+    return part

@@ -1,0 +1,307 @@
+"""The spectral engine against NumPy: triplets, spectra, noise floors, one digest on any machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import reasonvec as rv
+from reasonvec import reference_spectral as reference
+
+Array = NDArray[np.float64]
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+def bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Rounded to nearest even, as bits."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def widened(bits: NDArray[np.uint16]) -> Array:
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def write(path: Path, tensors: dict[str, tuple[str, NDArray[np.generic]]]) -> rv.Checkpoint:
+    """A checkpoint of these arrays in these formats."""
+    path.mkdir(parents=True, exist_ok=True)
+    header, blobs, at = {}, [], 0
+    for name, (dtype, array) in tensors.items():
+        blob = np.ascontiguousarray(array).tobytes()
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(array.shape),
+            "data_offsets": [at, at + len(blob)],
+        }
+        at += len(blob)
+        blobs.append(blob)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (path / "model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + b"".join(blobs)
+    )
+    (path / "config.json").write_text("{}")
+    return rv.open(path)
+
+
+def pair(
+    path: Path, rows: int, columns: int, rank: int, step: float, seed: int = 0
+) -> tuple[rv.Vector, Array, Array]:
+    """Two bf16 checkpoints, the second moved by a low-rank update: the vector, its elements, and
+    the update before rounding."""
+    draw = np.random.default_rng(seed)
+    w = (0.02 * draw.standard_normal((rows, columns))).astype(np.float32)
+    update = draw.standard_normal((rows, rank)) @ draw.standard_normal((rank, columns))
+    update *= step / np.sqrt(rank)
+    negative, positive = bf16(w), bf16((w + update).astype(np.float32))
+    p = write(path / "p", {NAME: ("BF16", positive)})
+    n = write(path / "n", {NAME: ("BF16", negative)})
+    return p - n, widened(positive) - widened(negative), update
+
+
+def single(path: Path, a: Array) -> rv.Checkpoint:
+    return write(path, {NAME: ("F32", a.astype(np.float32))})
+
+
+def rebuilt(found: object) -> Array:
+    u, s, vt = (np.asarray(getattr(found, part), dtype=np.float64) for part in ("u", "s", "vt"))
+    return (u * s) @ vt
+
+
+SHAPES = [(700, 300), (200, 520), (300, 300), (90, 40), (1, 7), (7, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_top_is_nearly_the_best_of_its_rank(tmp_path: Path, shape: tuple[int, int]) -> None:
+    vector, a, _ = pair(tmp_path, *shape, rank=3, step=1e-4)
+    found = vector.svd(NAME, rank=12)
+    u, s, vt = np.asarray(found.u), np.asarray(found.s), np.asarray(found.vt)
+    rank = min(12, *shape)
+    assert found.rank == rank
+    assert u.shape == (shape[0], rank)
+    assert vt.shape == (rank, shape[1])
+    values = np.linalg.svd(a, compute_uv=False)
+    best = np.sqrt((values[rank:] ** 2).sum())
+    left = np.linalg.norm(a - rebuilt(found))
+    assert left <= 1.01 * best + 1e-6 * np.linalg.norm(a)
+    assert found.residual == pytest.approx(left, rel=1e-4, abs=1e-6 * float(values[0]))
+    assert found.norm == pytest.approx(np.linalg.norm(a), rel=1e-7)
+    assert (s <= values[:rank] * (1 + 1e-6)).all()
+    filled = s > 1e-6 * s[0]
+    assert np.abs(u.T @ u - np.eye(rank))[np.ix_(filled, filled)].max() < 2e-6
+    assert np.abs(vt @ vt.T - np.eye(rank)).max() < 2e-6
+
+
+def test_top_of_a_steep_spectrum_is_exact_far_down(tmp_path: Path) -> None:
+    draw = np.random.default_rng(1)
+    left = np.linalg.qr(draw.standard_normal((600, 400)))[0]
+    right = np.linalg.qr(draw.standard_normal((400, 400)))[0]
+    values = 10.0 ** -(np.arange(400) / 8)
+    model = single(tmp_path, (left * values) @ right.T)
+    stored = np.asarray(model[NAME], dtype=np.float64)
+    exact = np.linalg.svd(stored, compute_uv=False)
+    found = np.asarray(model.svd(NAME, rank=30).s)
+    assert found == pytest.approx(exact[:30], rel=2e-3)
+    assert found[:12] == pytest.approx(exact[:12], rel=1e-5)
+
+
+def test_a_matrix_of_low_rank_is_found_whole_and_zero_is_zero(tmp_path: Path) -> None:
+    draw = np.random.default_rng(2)
+    a = draw.standard_normal((400, 5)) @ draw.standard_normal((5, 350))
+    found = single(tmp_path / "low", a).svd(NAME, rank=16)
+    assert np.linalg.norm(rebuilt(found) - a) < 1e-5 * np.linalg.norm(a)
+    assert (np.asarray(found.s)[5:] < 1e-5 * np.asarray(found.s)[0]).all()
+    zero = single(tmp_path / "zero", np.zeros((300, 280))).svd(NAME, rank=4)
+    assert not np.asarray(zero.s).any()
+    assert np.isfinite(np.asarray(zero.u)).all()
+    assert single(tmp_path / "none", np.zeros((300, 280))).svd(NAME, rank="auto").rank == 0
+
+
+def test_the_engine_is_as_good_as_its_reference(tmp_path: Path) -> None:
+    vector, a, _ = pair(tmp_path, 900, 400, rank=6, step=1e-4)
+    draw = np.random.default_rng(0)
+    _, s, _ = reference.krylov(a, draw.standard_normal((400, 16)), 32, depth=6)
+    held = (np.asarray(vector.svd(NAME, rank=32).s) ** 2).sum()
+    assert held == pytest.approx((s**2).sum(), rel=2e-3)
+
+
+def test_rank_by_energy_and_by_error(tmp_path: Path) -> None:
+    vector, a, _ = pair(tmp_path, 400, 160, rank=5, step=2e-4)
+    values = np.linalg.svd(a, compute_uv=False)
+    shares = np.cumsum(values**2) / (values**2).sum()
+    for energy in (0.3, 0.8, 0.97, 1.0):
+        found = vector.svd(NAME, energy=energy)
+        assert found.rank >= np.searchsorted(shares, energy - 1e-9) + 1 - 1
+        assert 1 - (found.residual / found.norm) ** 2 >= energy - 1e-6
+    found = vector.svd(NAME, error=0.5)
+    assert found.residual <= 0.5 * found.norm
+    assert found.rank <= np.searchsorted(shares, 0.75) + 2
+    with pytest.raises(ValueError, match="one of"):
+        vector.svd(NAME, rank=3, energy=0.5)
+    with pytest.raises(ValueError, match="share"):
+        vector.svd(NAME, energy=1.5)
+
+
+@pytest.mark.parametrize("shape", [(700, 300), (300, 700), (900, 860), (90, 40)])
+def test_bottom_is_the_exact_dropped_part(tmp_path: Path, shape: tuple[int, int]) -> None:
+    vector, a, _ = pair(tmp_path, *shape, rank=6, step=1e-4)
+    rank = 8
+    found = vector.svd(NAME, rank=rank, which="bottom", double=True)
+    wanted = reference.bottom(a, rank)
+    assert np.linalg.norm(rebuilt(found) - wanted) <= 1e-10 * np.linalg.norm(wanted)
+    values = np.linalg.svd(a, compute_uv=False)
+    assert np.asarray(found.s) == pytest.approx(values[-rank:], rel=1e-9)
+    rounded = vector.svd(NAME, rank=rank, which="bottom")
+    assert np.linalg.norm(rebuilt(rounded) - wanted) <= 1e-6 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("shape", [(1300, 700), (700, 1300)])
+def test_spectrum_of_all_values(tmp_path: Path, shape: tuple[int, int]) -> None:
+    vector, a, _ = pair(tmp_path, *shape, rank=6, step=1e-4)
+    (row,) = vector.spectrum(count=None).tensors
+    values = np.linalg.svd(a, compute_uv=False)
+    assert row.complete
+    assert np.array(row.values) == pytest.approx(values, rel=1e-8)
+    assert row.rank == 6
+    assert row.stable_rank == pytest.approx((values**2).sum() / values[0] ** 2, rel=1e-6)
+
+
+def test_the_floor_is_that_of_the_same_signs(tmp_path: Path) -> None:
+    vector, a, _ = pair(tmp_path, 300, 110, rank=4, step=1e-4)
+    (row,) = vector.spectrum(seed=3).tensors
+    assert row.floor == pytest.approx(reference.noise_floor(a, NAME, 3), rel=1e-9)
+    large, b, _ = pair(tmp_path / "large", 900, 500, rank=4, step=1e-4)
+    (row,) = large.spectrum().tensors
+    exact = reference.noise_floor(b, NAME)
+    assert 0.985 * exact <= row.floor <= exact * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("step", [1e-5, 5e-5, 2e-4])
+@pytest.mark.parametrize("rank", [4, 16])
+def test_rank_by_noise_floor_is_the_true_rank(tmp_path: Path, rank: int, step: float) -> None:
+    vector, a, update = pair(tmp_path, 1024, 768, rank, step, seed=rank)
+    found = vector.svd(NAME, rank="auto")
+    assert abs(found.rank - rank) <= 0.1 * rank
+    assert found.floor is not None
+
+    def cosine(x: Array) -> float:
+        return float((x * update).sum() / np.linalg.norm(x) / np.linalg.norm(update))
+
+    assert cosine(rebuilt(found)) > cosine(a)
+
+
+def test_stacks_are_taken_by_number_and_other_shapes_refused(tmp_path: Path) -> None:
+    draw = np.random.default_rng(4)
+    stack = draw.standard_normal((3, 50, 40)).astype(np.float32)
+    tensors: dict[str, tuple[str, NDArray[np.generic]]] = {
+        "experts": ("F32", stack),
+        "bias": ("F32", stack[0, 0]),
+    }
+    model = write(tmp_path, tensors)
+    for number in range(3):
+        found = model.svd("experts", rank=40, number=number)
+        assert rebuilt(found) == pytest.approx(stack[number].astype(np.float64), abs=1e-5)
+    for name, number in (("experts", None), ("bias", None), ("missing", None)):
+        with pytest.raises(rv.MismatchError, match=name):
+            model.svd(name, rank=2, number=number)
+    with pytest.raises(rv.MismatchError, match="no matrix 3"):
+        model.svd("experts", rank=2, number=3)
+    report = model.spectrum()
+    assert [row.name for row in report.tensors] == [f"experts[{i}]" for i in range(3)]
+    assert report.skipped == ("bias",)
+
+
+def test_nan_is_named(tmp_path: Path) -> None:
+    for shape in ((300, 260), (260, 300)):
+        a = np.ones(shape)
+        a[7, 5] = np.nan
+        model = single(tmp_path / str(shape[0]), a)
+        index = str(7 * shape[1] + 5)
+        with pytest.raises(rv.NonFiniteError, match=index):
+            model.svd(NAME, rank=2)
+        with pytest.raises(rv.NonFiniteError, match=index):
+            model.svd(NAME, rank=2, which="bottom")
+
+
+def test_stored_vectors_and_sums_give_what_the_differences_give(tmp_path: Path) -> None:
+    vector, a, _ = pair(tmp_path, 700, 400, rank=4, step=1e-4)
+    vector.save(tmp_path / "v")
+    stored = rv.load(tmp_path / "v")
+    once, again = vector.svd(NAME, rank=8), stored.svd(NAME, rank=8)
+    assert bytes(memoryview(once.u)) == bytes(memoryview(again.u))
+    both = (vector + 0.5 * stored).svd(NAME, rank=8)
+    assert np.asarray(both.s) == pytest.approx(1.5 * np.asarray(once.s), rel=1e-5)
+    assert np.linalg.norm(1.5 * a) == pytest.approx(both.norm, rel=1e-6)
+
+
+SCRIPT = """
+import hashlib, sys
+import reasonvec as rv
+vector = rv.open(sys.argv[1] + "/p") - rv.open(sys.argv[1] + "/n")
+digest = hashlib.sha256()
+for threads, budget in ((1, 64 << 20), (2, 1 << 20), (3, 64 << 20)):
+    run = {"threads": threads, "memory_budget": budget}
+    here = hashlib.sha256()
+    for which, rank in (("top", 20), ("bottom", 6), ("top", "auto")):
+        found = vector.svd(sys.argv[2], rank=rank, which=which, **run)
+        for part in (found.u, found.s, found.vt):
+            here.update(bytes(memoryview(part)))
+        here.update(repr((found.residual, found.floor)).encode())
+    print(here.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("shape", [(1000, 700), (300, 800)])
+def test_one_digest(tmp_path: Path, shape: tuple[int, int]) -> None:
+    pair(tmp_path, *shape, rank=5, step=1e-4)
+    levels: Sequence[str] = rv.simd_levels()
+    digests = set()
+    for level in levels:
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(tmp_path), NAME],
+            env=os.environ | {"REASONVEC_SIMD": level},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        digests |= set(done.stdout.split())
+    assert len(digests) == 1
+
+
+def test_factors_are_written_looked_up_and_checked(tmp_path: Path) -> None:
+    draw = np.random.default_rng(5)
+    q = draw.standard_normal((60, 40)).astype(np.float32)
+    names = ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight")
+    tensors: dict[str, tuple[str, NDArray[np.generic]]] = {
+        names[0]: ("F32", q),
+        names[1]: ("F32", q[:, :30].copy()),
+        "model.embed_tokens.weight": ("F32", q),
+        "model.norm.weight": ("F32", q[0]),
+    }
+    model = write(tmp_path / "m", tensors)
+    made = rv.write_factors(model, tmp_path / "f.safetensors", rank=5, which="both")
+    assert sorted(made) == sorted(names)
+    parts = {k: np.asarray(v, dtype=np.float64) for k, v in made[names[0]].items()}
+    dropped = (parts["bottom.u"] * parts["bottom.s"]) @ parts["bottom.vt"]
+    assert dropped == pytest.approx(reference.bottom(q.astype(np.float64), 5), abs=1e-5)
+    values = np.linalg.svd(q.astype(np.float64), compute_uv=False)
+    assert parts["top.s"] == pytest.approx(values[:5], rel=1e-5)
+    made.check(model)
+    tensors[names[0]] = ("F32", 2 * q)
+    with pytest.raises(rv.DamageError, match="q_proj"):
+        made.check(write(tmp_path / "other", tensors))
+    only = rv.write_factors(model, tmp_path / "g.safetensors", rank=99, include=["up_proj"])
+    assert list(only) == [names[1]]
+    assert only.rows[names[1]]["rank"] == 30
+    with pytest.raises(rv.MismatchError, match="no matrix"):
+        rv.write_factors(model, tmp_path / "h.safetensors", rank=2, include=["nothing"])
+    with pytest.raises(rv.FormatError, match="no factor file"):
+        rv.factors(tmp_path / "m" / "model.safetensors")
