@@ -31,13 +31,17 @@ const TINY: f64 = 1e-8;
 enum Rule {
     /// A choice for each model, then [`consensus`].
     Chosen { choices: Vec<Choice>, agreement: Agreement },
-    /// arXiv 2408.07990, section 3.2.
+    /// Select, calculate, erase (arXiv 2408.07990, section 3.2). With `mean = (d_1 + d_2 + ...) / n` and the spread `(d_1 - mean)^2 + (d_2 - mean)^2 + ...`, all in the
+    /// work type, the positions of the `int(share * those not zero)` largest spreads are selected; `w_i` is the sum of `d_i^2` over them, divided by the sum of those
+    /// sums in f64; only what has the sign of `d_1 + d_2 + ...` counts in their weighted mean.
     Sce { agreement: Agreement },
-    /// arXiv 2601.13572.
+    /// arXiv 2601.13572. The sum of the `d_i` above `epsilon`, in order, over the number that moved; what one model moved alone is first multiplied by
+    /// `1 + r * clip(shared_i / alone_i, 0, alpha)` (f64, rounded once) with `plus`.
     Ram { plus: bool, epsilon: f64, r: f64, alpha: f64 },
-    /// `a` moved towards `b` by at most `t`.
+    /// `b` where `|b - a| <= t`, else `a + t` or `a - t`, towards `b`.
     Nearswap { t: f64 },
-    /// The elements of the one input that matter most.
+    /// The elements of the one input whose importance, `|d|` times the divergence of the row (f64, rounded once), is at least the median plus one and a
+    /// half times the distance of the quartiles (f64, linear between neighbours).
     Fusion,
 }
 

@@ -559,11 +559,19 @@ pub fn keep_random<W: Work>(x: &mut [W], words: &[u32], limit: u64, scale: W) {
 /// Words `from..from + into.len()` of a generator's stream: word `i` is word `i % 4` of counter `i / 4`. `from` is a multiple of 4.
 #[inline(always)]
 pub fn words(into: &mut [u32], generator: crate::philox::Philox, from: u64) {
-    let (whole, rest) = into.as_chunks_mut::<4>();
-    for (j, four) in whole.iter_mut().enumerate() {
-        *four = generator.words(from / 4 + j as u64);
+    let mut counter = from / 4;
+    let (many, rest) = into.as_chunks_mut::<{ 4 * LANES }>();
+    for group in many {
+        let words = generator.words_of::<LANES>(counter);
+        group.copy_from_slice(words.as_flattened());
+        counter += LANES as u64;
     }
-    let last = generator.words(from / 4 + whole.len() as u64);
+    let (whole, rest) = rest.as_chunks_mut::<4>();
+    for four in whole {
+        *four = generator.words(counter);
+        counter += 1;
+    }
+    let last = generator.words(counter);
     rest.copy_from_slice(&last[..rest.len()]);
 }
 
