@@ -302,6 +302,24 @@ mod _reasonvec {
         journal::NAME
     }
 
+    fn triplets(
+        py: Python<'_>,
+        [rows, columns]: [usize; 2],
+        found: Triplets,
+    ) -> PyResult<(Tensor, Tensor, Tensor, String)> {
+        let Triplets { rank, u, s, v, squares, residual, floor } = found;
+        let mut turned = vec![0.0f32; v.len()];
+        linalg::dense::transpose(&v, &mut turned, columns, rank);
+        let rest = serde_json::json!({"rank": rank, "squares": squares, "residual": residual, "floor": floor});
+        let r = rank as u64;
+        Ok((
+            Tensor::new(Storage::Single(u), 0, Dtype::F32, vec![rows as u64, r]),
+            Tensor::new(Storage::Double(s), 0, Dtype::F64, vec![r]),
+            Tensor::new(Storage::Single(turned), 0, Dtype::F32, vec![r, columns as u64]),
+            report(py, &rest)?,
+        ))
+    }
+
     fn parse_algorithm(py: Python<'_>, name: &str) -> PyResult<Algorithm> {
         parse(py, &serde_json::Value::from(name).to_string())
     }

@@ -535,6 +535,7 @@ def compare(
 def spectrum(
     path: Path | None,
     pairs: Pairs,
+    base: Path | None,
     count: int,
     seed: int,
     threads: int,
@@ -545,16 +546,17 @@ def spectrum(
     quiet: bool,
 ) -> None:
     """Singular values of a vector or a checkpoint against the noise floor, by layer and module."""
+    from reasonvec.adapter import is_adapter
     from reasonvec.cli.show import show_spectra
     from reasonvec.folders import is_vector
 
     with guarded(), progress("decomposing", quiet=quiet or as_json) as tell:
         options = run_options(threads, memory_budget, tell)
         many = None if all_values else count
-        if path is not None and not pairs and not is_vector(path):
+        if path is not None and not pairs and not is_vector(path) and not is_adapter(path):
             report = open_point(path).spectrum(count=many, seed=seed, **options)
         else:
-            vector = _each([] if path is None else [path], pairs, only=1)[0]
+            vector = _each([] if path is None else [path], pairs, base, only=1)[0]
             report = vector.spectrum(count=many, seed=seed, **options)
     emit(report.as_json, lambda: show_spectra(report), as_json=as_json, quiet=quiet)
 
