@@ -60,6 +60,10 @@ def add_chatty(models: Path) -> Path:
                 "special": True,
             }
         )
+    said = json.loads((chatty / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for row in tokenizer["added_tokens"][-len(NEW_TOKENS) :]:
+        said["added_tokens_decoder"][str(row["id"])] = {k: v for k, v in row.items() if k != "id"}
+    (chatty / "tokenizer_config.json").write_text(json.dumps(said), encoding="utf-8")
     (chatty / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     rows = count + len(NEW_TOKENS) + 5
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
