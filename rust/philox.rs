@@ -48,6 +48,10 @@ impl Philox {
 
     /// [`Philox::words`] at `L` counters in a row, which go through the rounds side by side.
     #[inline(always)]
+    #[allow(
+        clippy::needless_range_loop,
+        reason = "one index runs through four arrays, which compilers turn into lanes"
+    )]
     pub fn words_of<const L: usize>(self, counter: u64) -> [[u32; 4]; L] {
         let mut x = [[0u32; L]; 4];
         for j in 0..L {
