@@ -306,7 +306,7 @@ class Vector:
             >>> reason = rv.open(family.rl) - rv.open(family.sft)
             >>> found = reason.svd("model.layers.0.mlp.up_proj.weight", rank=4)
             >>> found.u, found.vt
-            (Tensor(F32, [128, 4]), Tensor(F32, [4, 64]))
+            (Tensor(F32, [176, 4]), Tensor(F32, [4, 64]))
         """
         from reasonvec.spectrum import rank_rule, svd, vector_matrices
 
@@ -489,7 +489,7 @@ class Checkpoint(Point, Mapping[str, "Tensor"]):
             >>> model = rv.open(family.sft)
             >>> found = model.svd("model.layers.0.mlp.up_proj.weight", rank=4)
             >>> found.u, found.vt
-            (Tensor(F32, [128, 4]), Tensor(F32, [4, 64]))
+            (Tensor(F32, [176, 4]), Tensor(F32, [4, 64]))
         """
         from reasonvec.spectrum import checkpoint_matrices, rank_rule, svd
 

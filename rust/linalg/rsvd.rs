@@ -270,8 +270,14 @@ pub fn top(matrix: &Matrix<'_>, rank: Rank, seed: u64, settings: &Settings, cont
         let space = sweep.space(seed, b)?;
         let (values, x) = space.ritz(sweep.level, sweep.threads());
         let chosen = choose(rank, &values, space.squares, floor);
-        // Half of the space at most: the rest is what makes that half exact.
-        let enough = matches!(rank, Rank::Fixed(_)) || chosen.is_some_and(|r| 2 * r <= space.dimensions());
+        let enough = match (rank, chosen) {
+            (Rank::Fixed(_), _) => true,
+            // A block sees no more values that lie close together than it has vectors, and true updates come with such.
+            (Rank::Noise, Some(r)) => r <= b,
+            // Half of the space at most: the rest is what makes that half exact.
+            (_, Some(r)) => 2 * r <= space.dimensions(),
+            (_, None) => false,
+        };
         let Some(r) = chosen.filter(|_| enough).map(|r| r.min(small)) else {
             b *= 2;
             continue;
