@@ -24,11 +24,16 @@ COMMANDS = [
     "apply",
     "check",
     "compare",
+    "compress",
     "demo",
     "diff",
     "extract",
+    "factors",
+    "from-lora",
     "inspect",
     "merge",
+    "spectrum",
+    "to-lora",
     "undo",
     "verify",
 ]
@@ -98,7 +103,7 @@ def test_help_lists_the_commands() -> None:
         [sys.executable, "-m", "reasonvec.cli.app", "--help"], capture_output=True, text=True
     )
     text = done("--help")
-    listed = re.findall(r"^  ([a-z]+) ", text.partition("Commands:")[2], re.MULTILINE)
+    listed = re.findall(r"^  ([a-z-]+) ", text.partition("Commands:")[2], re.MULTILINE)
     assert listed == COMMANDS
     assert "Exit codes" in text
     assert done_process.returncode == 0
