@@ -24,6 +24,7 @@ __all__ = [
     "journal_name",
     "measure",
     "predict",
+    "recompress",
     "simd_level",
     "simd_levels",
     "spectrum",
@@ -231,12 +232,7 @@ def predict(plan: str, operands: Sequence[Checkpoint | VectorFolder]) -> str:
     """
 
 def recompress(
-    u: bytes,
-    v: bytes,
-    rows: SupportsIndex,
-    columns: SupportsIndex,
-    k: SupportsIndex,
-    rank: str,
+    u: bytes, v: bytes, rows: SupportsIndex, columns: SupportsIndex, k: SupportsIndex, rank: str
 ) -> tuple[Tensor, Tensor, Tensor, str]:
     """
     Singular triplets, as `svd` gives them, of a product of thin factors: u is rows x k and v
