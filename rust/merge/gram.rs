@@ -402,7 +402,9 @@ fn model_stock(products: Products<'_>) -> Vec<f64> {
         }
     }
     let c = if count > 0.0 { sum / count } else { 1.0 };
-    let t = n as f64 * c / (1.0 + (n as f64 - 1.0) * c);
+    let apart = 1.0 + (n as f64 - 1.0) * c;
+    // Vectors that cancel each other leave the base as it is.
+    let t = if apart > 1e-8 { n as f64 * c / apart } else { 0.0 };
     vec![t / n as f64; n]
 }
 
@@ -453,7 +455,8 @@ fn karcher(products: Products<'_>, max_iter: usize, tol: f64) -> Vec<f64> {
     let weights: Vec<f64> = norms.iter().map(|&n| if n == 0.0 { 0.0 } else { 1.0 / count }).collect();
     let size = length(&cosines, &weights);
     let first = norms.iter().position(|&n| n != 0.0);
-    let mut mean: Vec<f64> = if size == 0.0 {
+    // Units that cancel each other have no direction that means anything.
+    let mut mean: Vec<f64> = if size <= 1e-6 {
         (0..norms.len()).map(|i| if Some(i) == first { 1.0 } else { 0.0 }).collect()
     } else {
         weights.iter().map(|w| w / size).collect()
@@ -470,7 +473,7 @@ fn karcher(products: Products<'_>, max_iter: usize, tol: f64) -> Vec<f64> {
         let size = length(&cosines, &mean);
         mean.iter_mut().for_each(|m| *m /= size);
     }
-    let scale = norms.iter().fold(0.0, |sum, n| sum + n) / count;
+    let scale = norms.iter().fold(0.0, |sum, n| sum + n) / norms.len() as f64;
     mean.iter().zip(&norms).map(|(c, &n)| if n == 0.0 { 0.0 } else { scale * c / n }).collect()
 }
 

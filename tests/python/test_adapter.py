@@ -18,13 +18,12 @@ from safetensors.numpy import save_file
 import reasonvec as rv
 from reasonvec import _reasonvec as core
 from reasonvec import reference as ref
-from reasonvec import reference_lowrank as lowrank
 from reasonvec.adapter import AdapterFolder, Update
 from reasonvec.cli.app import main
 from reasonvec.errors import FormatError, MismatchError
 from reasonvec.family import Family
 from reasonvec.folders import CheckpointFolder
-from reasonvec.reference import BLOCK, Bits, Dtype
+from reasonvec.reference import BLOCK, Bits, Dtype, lowrank
 
 FLOATS: list[Dtype] = ["BF16", "F16", "F32", "F64"]
 

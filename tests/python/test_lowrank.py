@@ -20,13 +20,12 @@ from test_adapter import Peft, adapter_folder, bits_of, bytes_of, write
 import reasonvec as rv
 from reasonvec import _reasonvec as core
 from reasonvec import reference as ref
-from reasonvec import reference_lowrank as lowrank
 from reasonvec.cli.app import main
 from reasonvec.errors import FormatError, MismatchError
 from reasonvec.family import Family
 from reasonvec.lowrank import from_lora
 from reasonvec.names import is_vocabulary
-from reasonvec.reference import BLOCK, Bits, Dtype
+from reasonvec.reference import BLOCK, Bits, Dtype, lowrank
 
 FLOATS: list[Dtype] = ["BF16", "F16", "F32", "F64"]
 Q = "model.layers.0.self_attn.q_proj.weight"

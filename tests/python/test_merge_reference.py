@@ -169,3 +169,25 @@ def test_every_method_has_the_bits_of_the_reference(dtype: Dtype, tmp_path: Path
             if apart:
                 wrong.append(f"{case}, {name}: {apart} of {bits.size}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("case", ["karcher", "model_stock", "model_stock rows", "multislerp"])
+def test_models_that_cancel_each_other(case: str, tmp_path: Path) -> None:
+    """Two opposite models and one that is zero: no direction means anything, and nothing is NaN."""
+    own = {name: tensor.bits for name, tensor in tensors_of(1, "F32").items()}
+    zero = {name: np.zeros_like(bits) for name, bits in own.items()}
+    opposite = {name: bits ^ np.uint32(1 << 31) for name, bits in own.items()}
+    sides = [zero, own, opposite, zero]
+    folders = [
+        write_checkpoint(tmp_path / str(i), {n: stored("F32", side[n], SHAPES[n]) for n in SHAPES})
+        for i, side in enumerate(sides)
+    ]
+    method, base, models, update = CASES[case]
+    found = merge(folders, tmp_path / "out", method, base, models, "F32")
+    for name, shape in SHAPES.items():
+        values = [ref.widen(side[name], "F32", "F32") for side in sides]
+        columns = shape[-1] if len(shape) > 1 else values[0].size
+        u = update(values[1 : models + 1], values[0], columns, name)
+        bits = ref.merged(u, "F32", zero[name] if base else None, "F32")
+        assert np.isfinite(ref.widen(bits, "F32", "F32")).all()
+        assert np.array_equal(bits, found[name].bits)

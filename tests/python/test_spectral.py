@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 import reasonvec as rv
-from reasonvec import reference_spectral as reference
+from reasonvec.reference import spectral as reference
 
 Array = NDArray[np.float64]
 NAME = "model.layers.0.mlp.up_proj.weight"

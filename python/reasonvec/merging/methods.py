@@ -74,12 +74,13 @@ class Coefficients:
 @dataclass(frozen=True, slots=True)
 class Method:
     """What all methods have. ``models`` are the fewest and the most that it takes, the base of a
-    "needed" or "optional" rule not counted."""
+    "needed" or "optional" rule not counted; ``elects``: signs are elected, as TIES does."""
 
     name: ClassVar[str]
     base: ClassVar[BaseRule] = "none"
     models: ClassVar[tuple[int, int | None]] = (1, None)
     weighted: ClassVar[bool] = False
+    elects: ClassVar[bool] = False
 
     def parameters(self) -> dict[str, Parameter]:
         """What this instance says itself, by the names that a YAML has."""
@@ -336,6 +337,7 @@ class Ties(Method):
     """Trim, elect sign, merge (arXiv 2306.01708)."""
 
     name: ClassVar[str] = "ties"
+    elects: ClassVar[bool] = True
     base: ClassVar[BaseRule] = "needed"
     weighted: ClassVar[bool] = True
     density: Parameter = 1.0
@@ -380,6 +382,7 @@ class DareTies(DareLinear):
     """As `DareLinear`, with the sign election of TIES."""
 
     name: ClassVar[str] = "dare_ties"
+    elects: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,6 +419,7 @@ class Della(DellaLinear):
     """As `DellaLinear`, with the sign election of TIES."""
 
     name: ClassVar[str] = "della"
+    elects: ClassVar[bool] = True
     normalize: Parameter = True
 
 
@@ -449,6 +453,7 @@ class BreadcrumbsTies(Breadcrumbs):
     """As `Breadcrumbs`, with the sign election of TIES."""
 
     name: ClassVar[str] = "breadcrumbs_ties"
+    elects: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)

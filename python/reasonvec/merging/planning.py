@@ -117,6 +117,7 @@ class _Reader:
     numerics: Numerics
     seed: int
     rounding: str | None
+    elects: bool
 
     def value(self, key: str, default: float, model: int | None = None) -> float:
         levels = self.levels if model is None else [self.models[model].settings, *self.levels]
@@ -131,7 +132,10 @@ class _Reader:
                 "parameters, or one for all under the parameters of the whole"
             )
             raise ReasonvecError(message)
-        return _rounded(found, self.rounding) if self.numerics == "mergekit" else found
+        # mergekit casts the weights to the working dtype. Its runs show the effect in the methods
+        # that elect signs; in the others casting them here leads further away (docs/methods).
+        casts = self.numerics == "mergekit" and self.elects
+        return _rounded(found, self.rounding) if casts else found
 
 
 def _rounded(value: float, dtype: str | None) -> float:
@@ -547,7 +551,15 @@ class _Planner:
                 self._unfit(info, out, name, model, other)
                 return self._settled(info, out, shape, None, [], [], None, "refused")
         reader = _Reader(
-            models, part.levels, place, len(shape), ramp, self.numerics, self.seed, self.merge.dtype
+            models,
+            part.levels,
+            place,
+            len(shape),
+            ramp,
+            self.numerics,
+            self.seed,
+            self.merge.dtype,
+            self.merge.method.elects,
         )
         labels = tuple(m.input.label for m in here)
         try:

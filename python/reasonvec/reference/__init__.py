@@ -9,9 +9,13 @@ the same bits.
 - `linear_merges`: methods with constant coefficients, and how any merge is rounded
 - `gram_merges`: methods whose coefficients come from the products of the models
 - `mask_merges`: methods that choose element by element
+- `lowrank`: what an adapter adds, and low-rank tensors
+- `spectral`: leading and trailing triplets, noise floors
 """
 
 from reasonvec.reference.gram_merges import *  # noqa: F403
 from reasonvec.reference.linear_merges import *  # noqa: F403
+from reasonvec.reference.lowrank import *  # noqa: F403
 from reasonvec.reference.mask_merges import *  # noqa: F403
+from reasonvec.reference.spectral import *  # noqa: F403
 from reasonvec.reference.vectors import *  # noqa: F403

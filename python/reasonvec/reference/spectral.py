@@ -11,46 +11,19 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from reasonvec.reference.vectors import key64, words
+
 __all__ = ["bottom", "flipped", "krylov", "noise_floor", "noise_rank", "signs"]
 
 Array: TypeAlias = NDArray[np.float64]
-_MASK = (1 << 64) - 1
-_SIGNS = 17
-
-
-def _splitmix64(x: int) -> int:
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    z = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
-
-
-def _key(seed: int, name: str, stream: int) -> tuple[int, int]:
-    h = 0xCBF29CE484222325
-    for byte in name.encode():
-        h = ((h ^ byte) * 0x100000001B3) & _MASK
-    key = _splitmix64(h ^ _splitmix64(seed) ^ _splitmix64(stream ^ 0x5265617356656300))
-    return key & 0xFFFFFFFF, key >> 32
-
-
-def _words(key: tuple[int, int], counters: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Philox4x32-10: four words per counter, ``[n, 4]``."""
-    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    x0, x1 = counters & low, counters >> shift
-    x2, x3 = np.zeros_like(x0), np.zeros_like(x0)
-    k0, k1 = np.uint64(key[0]), np.uint64(key[1])
-    for _ in range(10):
-        a, b = np.uint64(0xD2511F53) * x0, np.uint64(0xCD9E8D57) * x2
-        x0, x1, x2, x3 = (b >> shift) ^ x1 ^ k0, b & low, (a >> shift) ^ x3 ^ k1, a & low
-        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
-    return np.stack([x0, x1, x2, x3], axis=1)
+SIGNS_STREAM = 17
 
 
 def signs(elements: int, name: str, seed: int = 0) -> Array:
     """+1 or -1 per element: -1 where bit ``i % 32`` of word ``i // 32 % 4`` at counter ``i // 128``
     of the tensor's generator (stream 17) is set."""
-    words = _words(_key(seed, name, _SIGNS), np.arange(-(-elements // 128), dtype=np.uint64))
-    bits = (words[:, :, None] >> np.arange(32, dtype=np.uint64)) & np.uint64(1)
+    drawn = words(key64(seed, name, SIGNS_STREAM), np.arange(-(-elements // 128), dtype=np.uint64))
+    bits = (drawn[:, :, None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
     return 1.0 - 2.0 * bits.reshape(-1)[:elements].astype(np.float64)
 
 

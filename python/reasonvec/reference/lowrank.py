@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from reasonvec.reference import Bits, Dtype, Work, WorkDtype, widen
+from reasonvec.reference.vectors import Bits, Dtype, Work, WorkDtype, widen
 
 __all__ = ["adapter_delta", "lowrank_values", "product"]
 
