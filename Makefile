@@ -80,6 +80,8 @@ check-stubs: $(VENV)/stubs/_reasonvec.pyi
 
 bench: $(VENV)/.bench build
 	$(BIN)/python benches/compare.py
+	$(BIN)/python benches/merges.py
+	$(BIN)/python benches/spectral.py
 
 kernels:
 	cargo bench --no-default-features --bench kernels
