@@ -195,7 +195,7 @@ const SPOILED: &[(&str, &str, &str, Edit)] = &[
     }),
     ("an unknown format of elements", "codes", "F31", |s| s.row("codes")["dtype"] = "F31".into()),
     ("a difference of integers", "codes", "I32", |s| s.row("codes")["dtype"] = "I32".into()),
-    ("an unknown encoding", "", "wavelet", |s| s.row("codes")["encoding"] = "lowrank".into()),
+    ("an unknown encoding", "", "wavelet", |s| s.row("codes")["encoding"] = "wavelet".into()),
     ("a zero with parts", "codes", "zero", |s| s.row("codes")["encoding"] = "zero".into()),
     ("a zero that moved", "none", "zero", |s| s.row("none")["moved"] = 5.into()),
     ("another encoding than the parts'", "codes", "values", |s| s.row("codes")["encoding"] = "dense".into()),
