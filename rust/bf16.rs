@@ -36,7 +36,17 @@ pub trait Work:
     /// [`Work::narrow`], quicker, for numbers whose magnitude is below [`Work::limit`].
     fn narrow_below<E: Element>(self) -> E;
     /// The magnitude's bits: they sort as magnitudes do, infinity and NaN last.
-    type Magnitude: Copy + Ord + Default + Send + Sync + Into<u64> + TryFrom<u64>;
+    type Magnitude: Copy
+        + Ord
+        + Default
+        + Send
+        + Sync
+        + Into<u64>
+        + TryFrom<u64>
+        + std::ops::BitOr<Output = Self::Magnitude>
+        + std::ops::BitXor<Output = Self::Magnitude>;
+    /// The bits, the sign's among them.
+    fn bits(self) -> Self::Magnitude;
     /// |x| by its bits.
     fn magnitude(self) -> Self::Magnitude;
     /// The smallest magnitude that a format's largest number does not hold.
@@ -76,6 +86,10 @@ impl Work for f32 {
         E::narrow32_below(self)
     }
     type Magnitude = u32;
+    #[inline(always)]
+    fn bits(self) -> u32 {
+        self.to_bits()
+    }
     #[inline(always)]
     fn magnitude(self) -> u32 {
         self.to_bits() & 0x7FFF_FFFF
@@ -121,6 +135,10 @@ impl Work for f64 {
         E::narrow64_below(self)
     }
     type Magnitude = u64;
+    #[inline(always)]
+    fn bits(self) -> u64 {
+        self.to_bits()
+    }
     #[inline(always)]
     fn magnitude(self) -> u64 {
         self.to_bits() & 0x7FFF_FFFF_FFFF_FFFF

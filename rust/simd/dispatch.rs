@@ -36,6 +36,26 @@ macro_rules! stamp {
     };
 }
 
+/// [`kernel::pick`] at a level: with the instructions for bits, but without wide vectors, with which compilers gather what is quicker moved
+/// one by one (twice the time).
+#[allow(unsafe_code)]
+#[inline]
+pub fn pick<W: Work>(level: Level, into: &mut [W], bits: &[u8], x: &[W]) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "bmi1,bmi2,lzcnt,popcnt")]
+        fn scalar<W: Work>(into: &mut [W], bits: &[u8], x: &[W]) -> usize {
+            kernel::pick(into, bits, x)
+        }
+        if level.set() != Set::Portable {
+            // SAFETY: a `Level` of another set exists only after every feature named above was detected.
+            return unsafe { scalar(into, bits, x) };
+        }
+    }
+    let _ = level;
+    kernel::pick(into, bits, x)
+}
+
 stamp!(
     /// [`kernel::widen`] at a level.
     widen [E: Element, W: Work] (into: &mut [W], from: &[u8])
@@ -87,10 +107,6 @@ stamp!(
 stamp!(
     /// [`kernel::extent`] at a level.
     extent [W: Work] (bits: &mut [u8], x: &[W]) -> Extent<W>
-);
-stamp!(
-    /// [`kernel::pick`] at a level.
-    pick [W: Work] (into: &mut [W], bits: &[u8], x: &[W]) -> usize
 );
 stamp!(
     /// [`kernel::rebuilds`] at a level.

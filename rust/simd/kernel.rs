@@ -353,19 +353,17 @@ fn pick_word<W: Work>(into: &mut [W], mut word: u64, x: &[W; 64]) -> usize {
     count
 }
 
-/// Whether `round(n + u)`, with `n`'s own bits where `u` is zero, is `p` bit for bit, for every element. It may say no where
-/// some sum does not fit the format.
+/// Whether `n + u`, or `n` where `u` is zero, is `p` bit for bit, for every element: then nothing needs rounding, and [`finish`] gives `p` back
+/// (but for which NaN a NaN is). Where this says no, [`finish`] may still do so, because it rounds.
 #[inline(always)]
 pub fn rebuilds<E: Element, W: Work>(p: &[u8], n: &[u8], u: &[W]) -> bool {
-    let mut same = true;
-    let mut largest = W::Magnitude::default();
+    let mut differs = W::Magnitude::default();
     for ((p, n), &u) in elements::<E>(p).zip(elements::<E>(n)).zip(u) {
-        let sum = W::widen(n) + u;
-        largest = largest.max(sum.magnitude());
-        let value = if u == W::ZERO { n } else { sum.narrow_below::<E>() };
-        same &= value.same_bits(p);
+        let n = W::widen(n);
+        let sum = if u == W::ZERO { n } else { n + u };
+        differs = differs | (sum.bits() ^ W::widen(p).bits());
     }
-    same & (largest < W::limit::<E>())
+    differs == W::Magnitude::default()
 }
 
 /// How many positions both moved, and how many of those in the same direction.

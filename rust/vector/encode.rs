@@ -189,31 +189,22 @@ impl Packed {
         }
         let count = dispatch::pick(level, picked, bits, u);
         let moved = &picked[..count];
-        let mut escaped = false;
         match codec {
             Codec::Dense | Codec::LowRank => return,
-            Codec::Palette(palette) => {
-                put(&mut self.values, moved, |v| {
-                    let code = palette.code(single(v));
-                    escaped |= code == ESCAPE_CODE;
-                    [code]
-                });
-                if escaped {
-                    let escapes = moved.iter().map(|&v| single(v)).filter(|&v| palette.code(v) == ESCAPE_CODE);
-                    self.escapes.extend(escapes.flat_map(f32::to_le_bytes));
+            Codec::Palette(palette) => put(&mut self.values, moved, |v| {
+                let code = palette.code(single(v));
+                if code == ESCAPE_CODE {
+                    self.escapes.extend_from_slice(&single(v).to_le_bytes());
                 }
-            }
-            Codec::Bf16 => {
-                put(&mut self.values, moved, |v| {
-                    let short = short_bits(single(v));
-                    escaped |= short.is_none();
-                    short.unwrap_or(ESCAPE_BF16).to_le_bytes()
-                });
-                if escaped {
-                    let escapes = moved.iter().map(|&v| single(v)).filter(|&v| short_bits(v).is_none());
-                    self.escapes.extend(escapes.flat_map(f32::to_le_bytes));
+                [code]
+            }),
+            Codec::Bf16 => put(&mut self.values, moved, |v| {
+                let short = short_bits(single(v));
+                if short.is_none() {
+                    self.escapes.extend_from_slice(&single(v).to_le_bytes());
                 }
-            }
+                short.unwrap_or(ESCAPE_BF16).to_le_bytes()
+            }),
             Codec::Plain => put_work(&mut self.values, moved),
         }
         self.bitmap.extend_from_slice(bits);
