@@ -177,13 +177,16 @@ pub fn apply(plan: &ApplyPlan, operands: Operands<'_>, control: &Control) -> Res
         .collect()
 }
 
-/// What must be equal for a run to be continued: the plan less its settings, and the identity of every input file.
+/// What must be equal for a run to be continued: the plan less its settings, the identity of every input file, and what vectors say of their tensors.
 fn fingerprint(plan: &ApplyPlan, operands: Operands<'_>) -> Result<String> {
-    let mut files = Vec::new();
+    let (mut files, mut manifests) = (Vec::new(), Vec::new());
     for operand in operands.0 {
         let checkpoint = match operand {
             crate::plan::Operand::Checkpoint(c) => Some(c.as_ref()),
-            crate::plan::Operand::Vector(v) => v.data.as_ref(),
+            crate::plan::Operand::Vector(v) => {
+                manifests.push(&v.rows);
+                v.data.as_ref()
+            }
         };
         for shard in checkpoint.map_or(&[][..], |c| c.shards()) {
             let path = shard.map.path();
@@ -192,7 +195,7 @@ fn fingerprint(plan: &ApplyPlan, operands: Operands<'_>) -> Result<String> {
             files.push((path.to_path_buf(), meta.len(), modified.map(|d| d.as_nanos().to_string())));
         }
     }
-    let text = serde_json::to_vec(&(&plan.digest, plan.allow_nonfinite, &plan.shards, files))
+    let text = serde_json::to_vec(&(&plan.digest, plan.allow_nonfinite, &plan.shards, files, manifests))
         .map_err(|e| Error::Usage(e.to_string()))?;
     let hash = Algorithm::Xxh3.digest_bytes(&text, 1);
     Ok(hash.unwrap_or_default())

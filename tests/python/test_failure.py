@@ -315,6 +315,26 @@ def test_resume_refuses_another_run(half_done: HalfDone, change: str) -> None:
         other.save(out, resume=True)
 
 
+def test_resume_refuses_a_vector_with_another_manifest(own: Family, tmp_path: Path) -> None:
+    """What a vector's data mean stands in its manifest, so another one is another input."""
+    donors(own).save(tmp_path / "vector")
+    out = tmp_path / "out"
+    shard = max(path.name for path in own.instruct.glob("*.safetensors"))
+    plan = (rv.open(own.instruct) + rv.load(tmp_path / "vector")).plan(out, threads=1)
+    (out / shard).mkdir(parents=True)
+    with pytest.raises(OSError):  # noqa: PT011 - another class on Windows
+        plan.run()
+    (out / shard).rmdir()
+    manifest = tmp_path / "vector" / "vector_config.json"
+    config = json.loads(manifest.read_text())
+    moved = next(row for row in config["tensors"] if row["encoding"] != "zero")
+    moved.update(encoding="zero", moved=0, wide=0, bytes=0, parts={})
+    manifest.write_text(json.dumps(config))
+    other = rv.open(own.instruct) + rv.load(tmp_path / "vector")
+    with untouched(out), pytest.raises(rv.ReasonvecError, match=r"another recipe.*--overwrite"):
+        other.save(out, resume=True)
+
+
 def test_overwrite_starts_an_unfinished_run_over(half_done: HalfDone, tmp_path: Path) -> None:
     """Nothing of the old run stays, even where the new one has other shards."""
     family, out, _ = half_done
