@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from reasonvec import _reasonvec as core
 from reasonvec._reasonvec import Tensor
@@ -62,6 +62,7 @@ class Matrices:
     """The matrices of an expression: what is summed, by tensor, and in which shapes."""
 
     title: str
+    what: Literal["vector", "checkpoint"]
     operands: Operands
     shapes: dict[str, tuple[int, ...]]
     terms: dict[str, list[Json]]
@@ -112,7 +113,9 @@ def checkpoint_matrices(folder: CheckpointFolder) -> Matrices:
     terms: dict[str, list[Json]] = {
         n: [{"coefficient": 1.0, "source": {"tensor": operands.ref(folder, n)}}] for n in tensors
     }
-    return Matrices(folder.path.name, operands, {n: t.shape for n, t in tensors.items()}, terms)
+    return Matrices(
+        folder.path.name, "checkpoint", operands, {n: t.shape for n, t in tensors.items()}, terms
+    )
 
 
 def vector_matrices(vector: Vector) -> Matrices:
@@ -129,7 +132,7 @@ def vector_matrices(vector: Vector) -> Matrices:
     quantities, problems = vector_quantity(vector, first, operands)
     demand(problems)
     shapes = {name: first.tensors[name].shape for name in quantities}
-    return Matrices(str(vector), operands, shapes, quantities)
+    return Matrices(str(vector), "vector", operands, shapes, quantities)
 
 
 def rank_rule(
@@ -245,6 +248,7 @@ class Spectra:
     """The spectra of an expression's matrices."""
 
     title: str
+    what: Literal["vector", "checkpoint"]
     tensors: tuple[TensorSpectrum, ...]
     skipped: tuple[str, ...]
 
@@ -267,6 +271,7 @@ class Spectra:
     def as_json(self) -> Json:
         return {
             "title": self.title,
+            "what": self.what,
             "tensors": [row.as_json() for row in self.tensors],
             "skipped": list(self.skipped),
         }
@@ -297,7 +302,7 @@ def spectra(
             row = _spectrum(matrices, name, number, None, seed, options)
         rows.append(row)
     skipped = tuple(n for n, s in matrices.shapes.items() if len(s) not in {2, 3} and select(n))
-    return Spectra(matrices.title, tuple(rows), skipped)
+    return Spectra(matrices.title, matrices.what, tuple(rows), skipped)
 
 
 def _spectrum(

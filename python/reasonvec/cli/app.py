@@ -527,15 +527,25 @@ def compare(
 @main.command()
 @click.argument("path", type=INPUT, metavar="[PATH]", required=False)
 @vector_sources
-@click.option("--count", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--html", type=INPUT, metavar="FILE", help="One self-contained page with plots.")
+@click.option(
+    "--count",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Singular values of a matrix; all of them where more than these exceed the floor.",
+)
 @click.option("--all-values", is_flag=True, help="Every singular value (slow for large matrices).")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="For the signs of the noise floor."
+)
 @running_options
 @output_options
 def spectrum(
     path: Path | None,
     pairs: Pairs,
     base: Path | None,
+    html: Path | None,
     count: int,
     seed: int,
     threads: int,
@@ -558,7 +568,12 @@ def spectrum(
         else:
             vector = _each([] if path is None else [path], pairs, base, only=1)[0]
             report = vector.spectrum(count=many, seed=seed, **options)
-    emit(report.as_json, lambda: show_spectra(report), as_json=as_json, quiet=quiet)
+        if html is not None:
+            from reasonvec._reasonvec import write_whole
+            from reasonvec.page import spectrum_page
+
+            write_whole(html, spectrum_page(report).encode(), sync=False)
+    emit(report.as_json, lambda: show_spectra(report, html), as_json=as_json, quiet=quiet)
 
 
 @main.command()

@@ -307,7 +307,7 @@ def show_comparison(report: Comparison) -> None:
         _table(["layer", *columns], layers)
 
 
-def show_spectra(report: Spectra) -> None:
+def show_spectra(report: Spectra, html: Path | None) -> None:
     from reasonvec.spectrum import typical
 
     def cells(name: str, rows: Sequence[TensorSpectrum]) -> list[str]:
@@ -333,6 +333,8 @@ def show_spectra(report: Spectra) -> None:
         _table(["layer", *columns], layers)
     if report.skipped:
         _say(f"left out, of one dimension or more than three: {count(len(report.skipped))} tensors")
+    if html is not None:
+        _say(f"page written to {escape(str(html))}")
 
 
 def show_factors(written: Factors) -> None:
