@@ -89,6 +89,10 @@ stamp!(
     extent [W: Work] (bits: &mut [u8], x: &[W]) -> Extent<W>
 );
 stamp!(
+    /// [`kernel::pick`] at a level.
+    pick [W: Work] (into: &mut [W], bits: &[u8], x: &[W]) -> usize
+);
+stamp!(
     /// [`kernel::rebuilds`] at a level.
     rebuilds [E: Element, W: Work] (p: &[u8], n: &[u8], u: &[W]) -> bool
 );

@@ -313,6 +313,46 @@ pub fn extent<W: Work>(bits: &mut [u8], x: &[W]) -> Extent<W> {
     Extent { max, moved: u64::from(moved), finite, squares: dot(x, x) }
 }
 
+/// Elements of [`pick`] that are written before anybody counts: in a tensor that RL moved, a word of 64 seldom has more.
+const LIKELY: usize = 12;
+
+/// Writes the elements whose bits are set (as [`extent`] writes them) one behind the other; how many. `into` has room for all of `x` and 64 more.
+///
+/// Every word writes the same number of elements first, set or not, and the next one begins behind those that count: where a word ends is
+/// not to be guessed, and a wrong guess costs as much as ten elements.
+#[inline(always)]
+pub fn pick<W: Work>(into: &mut [W], bits: &[u8], x: &[W]) -> usize {
+    let mut at = 0;
+    let (whole, rest) = x.as_chunks::<64>();
+    let (words, last) = bits.split_at(whole.len() * 8);
+    for (bytes, x) in words.as_chunks::<8>().0.iter().zip(whole) {
+        at += pick_word(&mut into[at..], u64::from_le_bytes(*bytes), x);
+    }
+    if let (Some(bytes), false) = (last.first_chunk(), rest.is_empty()) {
+        at += pick_word(&mut into[at..], u64::from_le_bytes(*bytes), &filled(rest));
+    }
+    at
+}
+
+#[inline(always)]
+fn pick_word<W: Work>(into: &mut [W], mut word: u64, x: &[W; 64]) -> usize {
+    let Some(into) = into.first_chunk_mut::<64>() else { return 0 };
+    let count = word.count_ones() as usize;
+    let (likely, more) = into.split_at_mut(LIKELY);
+    for o in likely {
+        *o = x[word.trailing_zeros() as usize % 64];
+        word &= word.wrapping_sub(1);
+    }
+    for o in more {
+        if word == 0 {
+            break;
+        }
+        *o = x[word.trailing_zeros() as usize % 64];
+        word &= word - 1;
+    }
+    count
+}
+
 /// Whether `round(n + u)`, with `n`'s own bits where `u` is zero, is `p` bit for bit, for every element. It may say no where
 /// some sum does not fit the format.
 #[inline(always)]

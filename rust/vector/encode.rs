@@ -1,7 +1,8 @@
 //! Choosing an encoding, and turning a block of differences into it.
 
 use crate::bf16::Work;
-use crate::simd::dispatch::MICRO;
+use crate::simd::Level;
+use crate::simd::dispatch::{self, MICRO};
 
 use super::sparse::{ESCAPE_BF16, ESCAPE_CODE};
 
@@ -179,72 +180,65 @@ impl Packed {
         (self.moved, self.max, self.max_at, self.inexact, self.long) = (0, 0.0, None, 0, false);
     }
 
-    /// Writes the values of at most MICRO differences, and (but for a dense tensor) their bitmap, which is given.
-    pub fn pack<W: Work>(&mut self, codec: &Codec, u: &[W], bits: &[u8]) {
+    /// Writes the values of at most MICRO differences, and (but for a dense tensor) their bitmap, which is given. `picked` is scratch.
+    pub fn pack<W: Work>(&mut self, level: Level, codec: &Codec, u: &[W], bits: &[u8], picked: &mut Picked<W>) {
         let single = |v: W| v.to_f64() as f32;
+        if let Codec::Dense = codec {
+            self.long |= size_of::<W>() == 4 && !u.iter().all(|&v| v == W::ZERO || short_bits(single(v)).is_some());
+            return put_work(&mut self.values, u);
+        }
+        let count = dispatch::pick(level, picked, bits, u);
+        let moved = &picked[..count];
+        let mut escaped = false;
         match codec {
-            Codec::Dense => {
-                for &v in u {
-                    if size_of::<W>() == 8 {
-                        self.values.extend_from_slice(&v.to_f64().to_le_bytes());
-                    } else {
-                        self.long |= v != W::ZERO && short_bits(single(v)).is_none();
-                        self.values.extend_from_slice(&single(v).to_le_bytes());
-                    }
-                }
-                return;
-            }
-            Codec::LowRank => return,
+            Codec::Dense | Codec::LowRank => return,
             Codec::Palette(palette) => {
-                // Codes go through a buffer of fixed size: growing a vector byte by byte costs more than finding the byte.
-                let mut codes = [0u8; MICRO];
-                let (mut n, mut escaped) = (0, false);
-                each_set(bits, |i| {
-                    let code = palette.code(single(u[i]));
-                    codes[n] = code;
-                    n += 1;
+                put(&mut self.values, moved, |v| {
+                    let code = palette.code(single(v));
                     escaped |= code == ESCAPE_CODE;
+                    [code]
                 });
                 if escaped {
-                    each_set(bits, |i| {
-                        let v = single(u[i]);
-                        if palette.code(v) == ESCAPE_CODE {
-                            self.escapes.extend_from_slice(&v.to_le_bytes());
-                        }
-                    });
+                    let escapes = moved.iter().map(|&v| single(v)).filter(|&v| palette.code(v) == ESCAPE_CODE);
+                    self.escapes.extend(escapes.flat_map(f32::to_le_bytes));
                 }
-                self.values.extend_from_slice(&codes[..n]);
             }
-            Codec::Bf16 => each_set(bits, |i| {
-                let v = single(u[i]);
-                let short = short_bits(v);
-                self.values.extend_from_slice(&short.unwrap_or(ESCAPE_BF16).to_le_bytes());
-                if short.is_none() {
-                    self.escapes.extend_from_slice(&v.to_le_bytes());
+            Codec::Bf16 => {
+                put(&mut self.values, moved, |v| {
+                    let short = short_bits(single(v));
+                    escaped |= short.is_none();
+                    short.unwrap_or(ESCAPE_BF16).to_le_bytes()
+                });
+                if escaped {
+                    let escapes = moved.iter().map(|&v| single(v)).filter(|&v| short_bits(v).is_none());
+                    self.escapes.extend(escapes.flat_map(f32::to_le_bytes));
                 }
-            }),
-            Codec::Plain => each_set(bits, |i| {
-                if size_of::<W>() == 8 {
-                    self.values.extend_from_slice(&u[i].to_f64().to_le_bytes());
-                } else {
-                    self.values.extend_from_slice(&single(u[i]).to_le_bytes());
-                }
-            }),
+            }
+            Codec::Plain => put_work(&mut self.values, moved),
         }
         self.bitmap.extend_from_slice(bits);
     }
 }
 
+/// Room for the differences of a MICRO that are not zero, see [`dispatch::pick`].
+pub type Picked<W> = [W; MICRO + 64];
+
+/// Appends what becomes of each value.
 #[inline(always)]
-fn each_set(bits: &[u8], mut f: impl FnMut(usize)) {
-    for (w, chunk) in bits.chunks(8).enumerate() {
-        let mut bytes = [0u8; 8];
-        bytes[..chunk.len()].copy_from_slice(chunk);
-        let mut word = u64::from_le_bytes(bytes);
-        while word != 0 {
-            f(w * 64 + word.trailing_zeros() as usize);
-            word &= word - 1;
-        }
+fn put<W: Copy, const N: usize>(bytes: &mut Vec<u8>, values: &[W], mut encode: impl FnMut(W) -> [u8; N]) {
+    let from = bytes.len();
+    bytes.resize(from + values.len() * N, 0);
+    for (o, &v) in bytes[from..].as_chunks_mut::<N>().0.iter_mut().zip(values) {
+        *o = encode(v);
+    }
+}
+
+/// Appends values as they are.
+fn put_work<W: Work>(bytes: &mut Vec<u8>, values: &[W]) {
+    if size_of::<W>() == 8 {
+        put(bytes, values, |v| v.to_f64().to_le_bytes());
+    } else {
+        put(bytes, values, |v| (v.to_f64() as f32).to_le_bytes());
     }
 }
 

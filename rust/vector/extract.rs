@@ -445,6 +445,7 @@ impl<'a> Run<'a> {
         rebuilt.resize(MICRO * E::SIZE, 0);
         let mut bits = [0u8; MICRO / 8];
         let mut wide_negative = [W::ZERO; MICRO];
+        let mut picked = [W::ZERO; MICRO + 64];
         for (number, block) in tile.blocks() {
             let (mut squares, before) = (0.0, (packed.moved, packed.escapes.len(), packed.wide_at.len()));
             let mut at = block.start;
@@ -468,7 +469,7 @@ impl<'a> Run<'a> {
                     }
                     squares += here;
                     packed.moved += moved;
-                    packed.pack(codec, u, words);
+                    packed.pack(level, codec, u, words, &mut picked);
                     if job.rebuild {
                         let place = from - tile.elements.start;
                         let windows = readers[0].windows();
