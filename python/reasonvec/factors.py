@@ -22,9 +22,10 @@ from reasonvec.algebra import Point
 from reasonvec.errors import DamageError, FormatError, MismatchError
 from reasonvec.folders import CheckpointFolder
 from reasonvec.json_values import Json
+from reasonvec.matrices import point_matrices
 from reasonvec.names import kind_of
 from reasonvec.run import RunOptions, settings
-from reasonvec.spectrum import checkpoint_matrices, svd
+from reasonvec.svd import svd
 
 __all__ = ["Factors", "Which", "factors", "write_factors"]
 
@@ -144,8 +145,8 @@ def write_factors(
     if rank < 1:
         message = f"rank is a number of triplets from 1 on, not {rank}"
         raise ValueError(message)
-    names = _selected(model.base, list(include), list(exclude))
-    matrices = checkpoint_matrices(model.base)
+    matrices = point_matrices(model)
+    names = _selected(model.base, matrices.shapes, list(include), list(exclude))
     sides: tuple[Literal["top", "bottom"], ...] = ("top", "bottom") if which == "both" else (which,)
     digests = core.digest_tensors(
         model.base.handle, names, "xxh3-128", json.dumps(settings(options)), None
@@ -178,8 +179,8 @@ def write_factors(
             tell(name)
             for side in sides:
                 found = svd(
-                    matrices,
-                    name,
+                    matrices.plan(name, None),
+                    matrices.operands,
                     rule={"fixed": rank},
                     which=side,
                     seed=seed,
@@ -205,11 +206,15 @@ def _single(values: Iterable[float]) -> bytes:
     return found.tobytes()
 
 
-def _selected(folder: CheckpointFolder, include: list[str], exclude: list[str]) -> list[str]:
-    matrices = checkpoint_matrices(folder)
+def _selected(
+    folder: CheckpointFolder,
+    shapes: Mapping[str, tuple[int, ...]],
+    include: list[str],
+    exclude: list[str],
+) -> list[str]:
     copies = folder.layout.copies()
     names = []
-    for name, shape in matrices.shapes.items():
+    for name, shape in shapes.items():
         if len(shape) != 2 or 0 in shape or name in copies:
             continue
         wanted = any(re.search(p, name) for p in include) if include else kind_of(name) not in _NOT

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypedDict
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,8 @@ from reasonvec.adapter import AdapterFolder
 from reasonvec.errors import MismatchError
 from reasonvec.folders import Folder, VectorFolder
 from reasonvec.json_values import Json
-from reasonvec.run import RunOptions, settings
+from reasonvec.run import RunOptions
+from reasonvec.svd import rank_rule, recompress, svd
 from reasonvec.terms import Operands
 
 __all__ = ["Rank", "Triplets", "check_rank", "leading"]
@@ -65,31 +65,18 @@ def leading(
     if found is not None and found[1].shape[0] <= min(shape):
         u, v = found
         size = shape[0], shape[1], v.shape[0]
-        wanted = {"error": 1e-6} if rank == "auto" else _rank(rank)
+        rule = {"error": 1e-6} if rank == "auto" else _rule(rank)
         turned = np.ascontiguousarray(v.T)
-        return _triplets(core.recompress(u.tobytes(), turned.tobytes(), *size, json.dumps(wanted)))
-    plan = {
-        "name": name,
-        "shape": list(shape),
-        "terms": list(terms),
-        "rank": _rank(rank),
-        "which": "top",
-        "seed": 0,
-        "settings": settings(options),
-    }
-    return _triplets(core.svd(json.dumps(plan), operands.handles, None))
+        best = recompress(name, u.tobytes(), turned.tobytes(), size, rule=rule)
+    else:
+        matrix: Json = {"name": name, "shape": list(shape), "terms": list(terms)}
+        best = svd(matrix, operands, rule=_rule(rank), options={**options, "progress": None})
+    u, s, vt = (np.asarray(memoryview(part)) for part in (best.u, best.s, best.vt))
+    return Triplets(u, s, vt, best.squares)
 
 
-def _rank(rank: Rank) -> Json | str:
-    if isinstance(rank, int):
-        return {"fixed": rank}
-    return "noise" if isinstance(rank, str) else {"energy": rank}
-
-
-def _triplets(found: tuple[core.Tensor, core.Tensor, core.Tensor, str]) -> Triplets:
-    u, s, v = (np.asarray(memoryview(part)) for part in found[:3])
-    rest: _Rest = json.loads(found[3])
-    return Triplets(u, s, v, rest["squares"])
+def _rule(rank: Rank) -> object:
+    return rank_rule(None, energy=rank) if isinstance(rank, float) else rank_rule(rank)
 
 
 def _side_by_side(
@@ -159,12 +146,3 @@ def _floats(tensor: core.Tensor) -> NDArray[np.float64]:
     else:
         values = np.frombuffer(raw, np.float64)
     return values.reshape(tensor.shape)
-
-
-class _Rest(TypedDict):
-    """What the core says of triplets besides them."""
-
-    rank: int
-    squares: float
-    residual: float
-    floor: float | None

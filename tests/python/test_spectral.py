@@ -305,3 +305,17 @@ def test_factors_are_written_looked_up_and_checked(tmp_path: Path) -> None:
         rv.write_factors(model, tmp_path / "h.safetensors", rank=2, include=["nothing"])
     with pytest.raises(rv.FormatError, match="no factor file"):
         rv.factors(tmp_path / "m" / "model.safetensors")
+
+
+def test_a_point_is_decomposed_with_its_vectors(tmp_path: Path) -> None:
+    vector, a, _ = pair(tmp_path, 200, 120, rank=4, step=1e-3)
+    other = single(tmp_path / "other", np.random.default_rng(8).standard_normal((200, 120)))
+    t = np.asarray(other[NAME], dtype=np.float64)
+    found = (other + 3.0 * vector).svd(NAME, rank=120)
+    assert np.asarray(found.s) == pytest.approx(
+        np.linalg.svd(t + 3.0 * a, compute_uv=False), rel=1e-3
+    )
+    assert rebuilt(found) == pytest.approx(t + 3.0 * a, abs=1e-5)
+    assert found.squares == pytest.approx(float(((t + 3.0 * a) ** 2).sum()), rel=1e-6)
+    (row,) = (other + vector).spectrum(count=None).tensors
+    assert np.array(row.values) == pytest.approx(np.linalg.svd(t + a, compute_uv=False), rel=1e-5)

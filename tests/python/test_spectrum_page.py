@@ -170,7 +170,7 @@ def test_tables_rank_the_matrices() -> None:
     assert kinds[2][1:4] == ["12", "6.5", "1 to 12"]
     assert len(highest) == 21
     assert highest[1][1] == "model.layers.11.down_proj.weight"
-    assert highest[1][3] == "24 of 32"
+    assert highest[1][3] == "24"
     assert "more than three are left out: 1." in read.text
 
 

@@ -223,7 +223,7 @@ def _highest_section(report: Spectra) -> str:
         bar = f'<i class="part" style="--w:{part:.1f}%"></i>'
         figures = [
             ("Shape", f"{row.shape[0]} &times; {row.shape[1]}"),
-            ("Rank", f"{row.rank} <small>of {min(row.shape)}</small>{bar}"),
+            ("Rank", f"{row.rank}{bar}"),
             ("Effective rank", magnitude(row.stable_rank)),
             ("Share above", f"{_percent(row.energy)} %"),
             ("Largest value", magnitude(row.values[0] if row.values else 0.0)),
