@@ -310,7 +310,7 @@ def test_wrong_use(
      ("1.5k", 1536), (" 2 GiB ", 2 << 30), ("7B", 7)],
 )  # fmt: skip
 def test_sizes(text: str, bytes_: int) -> None:
-    from reasonvec.cli.console import running_options
+    from reasonvec.cli.options import running_options
 
     @click.command()
     @running_options
