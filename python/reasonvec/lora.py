@@ -22,7 +22,8 @@ import numpy as np
 from reasonvec import _reasonvec as core
 from reasonvec.adapter import ADAPTER_CONFIG, ADAPTER_MODEL
 from reasonvec.algebra import Adapter, Difference, Vector
-from reasonvec.compat.layout import FLOATS
+from reasonvec.compat.class_prefix import class_prefix
+from reasonvec.compat.layout import FLOATS, Layout
 from reasonvec.destination import Destination
 from reasonvec.errors import MismatchError
 from reasonvec.factor_file import FactorFile
@@ -87,6 +88,7 @@ class LoraReport:
     truncated: float
     left_out: list[LeftOut]
     bytes: int
+    warnings: list[str]
 
     @property
     def left_out_norm(self) -> float:
@@ -123,6 +125,7 @@ class LoraReport:
             "ranks": self.ranks,
             "biases": self.biases,
             "bytes": self.bytes,
+            "warnings": self.warnings,
         }
 
 
@@ -142,7 +145,9 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
     }
     ranks: dict[str, int] = {}
     truncated = 0.0
-    names = [f"{_PREFIX}{module}.lora_{part}" for module in modules for part in _PARTS]
+    bare = class_prefix(layout)
+    place = _PREFIX + (bare or "")
+    names = [f"{place}{module}.lora_{part}" for module in modules for part in _PARTS]
     with FactorFile(out / ADAPTER_MODEL, names, _METADATA) as file:
         for module, tensor in modules.items():
             if norms.get(tensor.name, 0.0) == 0.0:
@@ -157,9 +162,9 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
             a = (root[:, None] * found.v).astype(np.float32)
             if flipped:
                 b, a = a.T, b.T
-            file.add(f"{_PREFIX}{module}.lora_A.weight", a, "F32")
-            file.add(f"{_PREFIX}{module}.lora_B.weight", b, "F32")
-        biases = _write_biases(file, ranks, tensors, norms, operands)
+            file.add(f"{place}{module}.lora_A.weight", a, "F32")
+            file.add(f"{place}{module}.lora_B.weight", b, "F32")
+        biases = _write_biases(file, place, ranks, tensors, norms, operands)
         if not ranks:
             message = f"{vector}: no matrix of it has a rank above zero; there is nothing to export"
             raise MismatchError(message)
@@ -179,10 +184,11 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
         math.sqrt(truncated),
         left_out,
         (out / ADAPTER_MODEL).stat().st_size,
+        [_unplaced(layout)] if bare is None else [],
     )
     sync = options.get("sync", True)
     base = options.get("base") or _base_of(vector)
-    config = _config(report, modules, layout.config, base, flipped=flipped)
+    config = _config(report, bare or "", modules, layout.config, base, flipped=flipped)
     core.write_whole(out / "README.md", _card(report, base).encode(), sync)
     # The config last: a folder without it is no adapter.
     core.write_whole(out / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode(), sync)
@@ -205,6 +211,7 @@ def _norms(
 
 def _write_biases(
     file: FactorFile,
+    place: str,
     ranks: Mapping[str, int],
     tensors: Mapping[str, Summed],
     norms: Mapping[str, float],
@@ -226,7 +233,7 @@ def _write_biases(
                 operands.handles,
             )  # fmt: skip
             values = np.frombuffer(memoryview(found).cast("B"), np.float32)
-        file.add(f"{_PREFIX}{module}.lora_B.bias", values, "F32")
+        file.add(f"{place}{module}.lora_B.bias", values, "F32")
     return moved
 
 
@@ -247,6 +254,15 @@ def _why_not(tensor: Summed) -> str | None:
     return "a router" if kind_of(name) == "router" else None
 
 
+def _unplaced(layout: Layout) -> str:
+    kind = layout.config.get("model_type")
+    return (
+        f"{layout.path}: names its blocks without the name of a model class, and where the class "
+        f"of model_type {kind!r} keeps them is not known here; PEFT finds the adapter's modules "
+        "only in a model whose own names begin in the same way (look at model.named_modules())"
+    )
+
+
 def _base_of(vector: Vector) -> str | None:
     """The checkpoint that the vector is measured from, if it is one."""
     leaf = vector.terms[0].leaf
@@ -262,6 +278,7 @@ def _base_of(vector: Vector) -> str | None:
 
 def _config(
     report: LoraReport,
+    prefix: str,
     modules: Iterable[str],
     model: Mapping[str, object],
     base: str | None,
@@ -269,7 +286,7 @@ def _config(
     flipped: bool,
 ) -> Json:
     common = Counter(report.ranks.values()).most_common(1)[0][0]
-    others = {m: r for m, r in report.ranks.items() if r != common}
+    others = {prefix + m: r for m, r in report.ranks.items() if r != common}
     return {
         "peft_type": "LORA",
         "task_type": _task(model),
@@ -285,17 +302,17 @@ def _config(
         "fan_in_fan_out": flipped,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": _targets(report.ranks, modules),
+        "target_modules": _targets(report.ranks, prefix, modules),
         "rank_pattern": others,
         "alpha_pattern": others,
     }
 
 
-def _targets(ranks: Mapping[str, int], modules: Iterable[str]) -> list[str]:
+def _targets(ranks: Mapping[str, int], prefix: str, modules: Iterable[str]) -> list[str]:
     """The last parts of the modules' names where those name them all and no others."""
     last = {module.rpartition(".")[2] for module in ranks}
     named = {module for module in modules if module.rpartition(".")[2] in last}
-    return sorted(last) if named == set(ranks) else sorted(ranks)
+    return sorted(last) if named == set(ranks) else sorted(prefix + module for module in ranks)
 
 
 def _task(model: Mapping[str, object]) -> str | None:
@@ -309,6 +326,7 @@ def _task(model: Mapping[str, object]) -> str | None:
 def _card(report: LoraReport, base: str | None) -> str:
     ranks = sorted(report.ranks.values())
     span = f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+    warnings = [line for warning in report.warnings for line in ("", f"**Note:** {warning}.")]
     lines = [
         "---",
         "library_name: peft",
@@ -321,6 +339,7 @@ def _card(report: LoraReport, base: str | None) -> str:
         "",
         f"Factors of rank {span} for {len(report.ranks)} matrices, made from a vector in weight "
         "space by reasonvec. The scale is 1 (lora_alpha is r).",
+        *warnings,
         "",
         "## What it does not carry",
         "",

@@ -331,6 +331,43 @@ def test_peft_computes_what_the_dense_apply_computes(
     assert (expected - plain).abs().max().item() > 1e-3 * spread
 
 
+@pytest.mark.models
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bare", [False, True])
+def test_an_adapter_finds_the_modules_of_a_class_with_a_head(tmp_path: Path, bare: bool) -> None:
+    """Files of GPT-2 name `h.0...` what the model with a head has as `transformer.h.0...`."""
+    peft = pytest.importorskip("peft")
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    made = Peft(tmp_path, "gpt2", r=4, target_modules=["c_attn", "c_fc"])
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    tensors = load_file(made.base / "model.safetensors")
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    draw = torch.Generator().manual_seed(1)
+    for folder in (made.base, moved):
+        if folder == moved:
+            for name, tensor in tensors.items():
+                if ".attn." in name:  # the biases too
+                    tensor += 0.1 * torch.randn(tensor.shape, generator=draw)
+        names = {n.removeprefix("transformer.") if bare else n: t for n, t in tensors.items()}
+        save_file(names, folder / "model.safetensors", {"format": "pt"})
+    (moved / "config.json").write_text((made.base / "config.json").read_text())
+    base = rv.open(made.base)
+    vector = rv.open(moved) - base
+    report = vector.to_lora(tmp_path / "lora", rank=32)
+    assert report.warnings == []
+    assert report.left_out == []
+    model = peft.PeftModel.from_pretrained(load(made.base, dtype=torch.float32), tmp_path / "lora")
+    with torch.no_grad():
+        expected = load(moved, dtype=torch.float32).eval()(made.tokens).logits
+        found = model.eval()(made.tokens).logits
+    assert (expected - found).abs().max() <= 2e-5 * expected.abs().max()
+    assert rv.adapter(tmp_path / "lora", base).compare(vector).total.cosine == pytest.approx(1.0)
+
+
 def _trained(made: Peft, tmp_path: Path) -> rv.Vector:
     """The difference of two checkpoints, with biases that moved, from an adapter's own."""
     import torch

@@ -175,6 +175,8 @@ def show_lora(report: LoraReport) -> None:
         ]
         _table(["no place in a LoRA", "why", "tensors", "share of the norm"], rows)
     _say(f"left out in all: {_share(report.left_out_share)} of the norm")
+    for warning in report.warnings:
+        _say(f"[yellow]warning[/]: {escape(warning)}")
     _say(f"written to {escape(str(report.path))}")
 
 
