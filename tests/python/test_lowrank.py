@@ -409,3 +409,113 @@ def test_the_commands(family: Family, tmp_path: Path) -> None:
     adapter_folder(tmp_path / "theirs", family.sft)
     command = ["to-lora", low, "-o", str(tmp_path / "theirs"), "--overwrite"]
     assert CliRunner().invoke(main, command).exit_code == 2
+
+
+MIXTURES = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
+}
+
+
+@pytest.mark.models
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rank", [4, 0.6])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_peft_stacks_the_factors_of_experts(tmp_path: Path, family: str, rank: float) -> None:
+    """Experts by name in the file, packed in the model: PEFT computes what our own apply of the same
+    adapter does, and what it has no place for is left out and said."""
+    peft = pytest.importorskip("peft")
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+    from test_adapter import QWEN
+
+    torch.manual_seed(0)
+    kind, config = MIXTURES[family]
+    sizes = QWEN | config
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(**sizes)
+    )
+    n, p = tmp_path / "n", tmp_path / "p"
+    model.save_pretrained(n)
+    tensors = load_file(n / "model.safetensors")
+    draw = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        # Unlike steps, so that the energy rule finds unlike ranks; biases move too.
+        if "experts" in name or ".self_attn." in name:
+            step = 0.1 * torch.rand((), generator=draw)
+            tensor += step * torch.randn(tensor.shape, generator=draw)
+            if tensor.ndim == 2:
+                tensor += torch.outer(*(torch.randn(k, generator=draw) for k in tensor.shape)) / 20
+    p.mkdir()
+    save_file(tensors, p / "model.safetensors", {"format": "pt"})
+    (p / "config.json").write_text((n / "config.json").read_text())
+    base = rv.open(n)
+    report = (rv.open(p) - base).to_lora(tmp_path / "lora", rank=rank)
+    why = {part.name: part.why for part in report.left_out}
+    assert any(".experts." in name for name in why) == (family == "qwen2_moe")
+    assert any("shared_experts" in name for name in why) == (family == "deepseek_v3")
+    experts = {r for name, r in report.ranks.items() if ".experts." in name}
+    assert len(experts) == (family != "qwen2_moe")
+    if rank == 0.6:
+        assert len(set(report.ranks.values())) > 1
+
+    def logits(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            found = model.eval()(torch.arange(24)[None] * 7 % 96).logits
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    plain = load(n, dtype=torch.float32)
+    before = logits(plain)
+    found = logits(peft.PeftModel.from_pretrained(plain, tmp_path / "lora"))
+    (base + rv.adapter(tmp_path / "lora", base)).save(tmp_path / "dense", out_dtype="float32")
+    expected = logits(load(tmp_path / "dense", dtype=torch.float32))
+    assert (expected - found).abs().max() <= 2e-5 * expected.abs().max()
+    assert (expected - before).abs().max() > 1e-3 * expected.abs().max()
+
+
+@pytest.mark.models
+def test_the_families_are_those_that_peft_stacks() -> None:
+    pytest.importorskip("peft")
+    from peft.utils import transformers_weight_conversion as conversion
+
+    from reasonvec.compat.experts import ADAPTABLE, LAYOUTS
+
+    known = {
+        kind
+        for kind, pattern in conversion._MODEL_TO_CONVERSION_PATTERN.items()
+        if pattern in conversion._MOE_TARGET_MODULE_MAPPING
+    }
+    assert set().union(*(layout.families for layout in LAYOUTS)) & known == ADAPTABLE
