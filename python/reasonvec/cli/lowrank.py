@@ -67,7 +67,8 @@ def compress(
 ) -> None:
     """Write the sum of the vectors with every matrix as the product of two thin ones.
 
-    What has no rank to cut (biases, norms, embeddings, head) is kept exactly.
+    What has no rank to cut (biases, norms, embeddings, head, experts packed into one tensor) is
+    kept exactly, and so is a matrix that its factors would not make smaller.
     """
     from reasonvec.cli.show import show_compress
 
@@ -107,7 +108,7 @@ def from_lora(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write the LoRA adapter DIR as a vector, with its own factors."""
+    """Write the LoRA adapter DIR as a vector, with its own factors, bit for bit."""
     from reasonvec import adapter
     from reasonvec.cli.show import show_compress
     from reasonvec.lowrank import from_lora as run
@@ -227,10 +228,16 @@ def spectrum(
 @click.option("--out", "-o", type=INPUT, required=True, metavar="FILE", help="The factor file.")
 @click.option("--rank", type=click.IntRange(min=1), required=True, help="Triplets of each matrix.")
 @click.option(
-    "--which", type=click.Choice(["bottom", "top", "both"]), default="bottom", show_default=True
+    "--which",
+    type=click.Choice(["bottom", "top", "both"]),
+    default="bottom",
+    show_default=True,
+    help="The smallest, exact (KaSA, MiLoRA), or the largest (PiSSA).",
 )
 @selecting_options
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="For the random matrix of the largest."
+)
 @running_options
 @output_options
 def factors(
@@ -247,10 +254,15 @@ def factors(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """The largest or smallest singular triplets of MODEL's matrices, for adapters to start from."""
+    """The largest or smallest singular triplets of MODEL's matrices, for adapters to start from.
+
+    What FILE has already, of the same tensors at the same rank, is kept. Embeddings, head, norms
+    and routers are left out unless --include finds them.
+    """
     from reasonvec.cli.show import show_factors
     from reasonvec.factors import write_factors
 
+    made: set[str] = set()
     with guarded(), progress("factoring", quiet=quiet or as_json) as tell:
         written = write_factors(
             open_point(model),
@@ -260,7 +272,8 @@ def factors(
             include=include,
             exclude=exclude,
             seed=seed,
+            tell=made.add,
             **run_options(threads, memory_budget, tell),
         )
-    report = {"file": str(out), "tensors": written.rows}
-    emit(lambda: report, lambda: show_factors(written), as_json=as_json, quiet=quiet)
+    report = {"file": str(out), "made": len(made), "tensors": written.rows}
+    emit(lambda: report, lambda: show_factors(written, len(made)), as_json=as_json, quiet=quiet)

@@ -232,6 +232,9 @@ def opened(path: Path | None, pairs: Pairs, base: Path | None) -> Vector | Check
 
     if path is not None and not pairs and not is_vector(path) and not is_adapter(path):
         return open_point(path)
+    if path is None and not pairs:
+        message = "expected a vector, a checkpoint or --from POSITIVE NEGATIVE, found nothing"
+        raise click.UsageError(message)
     return operands([] if path is None else [path], pairs, base, only=1)[0]
 
 

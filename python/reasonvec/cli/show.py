@@ -61,6 +61,11 @@ def _share(x: float) -> str:
     return f"{100 * x:.1f} %"
 
 
+def _range(ordered: Sequence[int]) -> str:
+    first, last = ordered[0], ordered[-1]
+    return str(first) if first == last else f"{first} to {last}"
+
+
 def _problems(problems: Sequence[Problem]) -> None:
     for problem, times in fold(problems):
         colour = "red" if problem.severity == "error" else "yellow"
@@ -150,7 +155,7 @@ def show_compress(report: CompressReport) -> None:
     rows = []
     for kind, part in kinds.items():
         ranks = sorted(row.rank or 0 for row in part if row.residual is not None)
-        span = f"{ranks[0]} to {ranks[-1]}" if ranks else "exact"
+        span = _range(ranks) if ranks else "exact"
         left = sum((row.residual or 0.0) ** 2 for row in part) ** 0.5
         norm = sum(row.norm**2 for row in part) ** 0.5
         stored = sum(row.bytes for row in part)
@@ -164,7 +169,7 @@ def show_compress(report: CompressReport) -> None:
 def show_lora(report: LoraReport) -> None:
     ranks = sorted(report.ranks.values())
     _say(
-        f"{count(len(ranks))} matrices, ranks {ranks[0]} to {ranks[-1]}, "
+        f"{count(len(ranks))} matrices of rank {_range(ranks)}, "
         f"{count(len(report.biases))} biases, {size(report.bytes)}"
     )
     _say(f"cut off by the ranks: {_share(report.truncated_share)} of the norm")
@@ -339,12 +344,12 @@ def show_spectra(report: Spectra, html: Path | None) -> None:
         _say(f"page written to {escape(str(html))}")
 
 
-def show_factors(written: Factors) -> None:
-    ranks = sorted({str(row["rank"]) for row in written.rows.values()})
-    _say(
-        f"{escape(str(written.path))}: {count(len(written.rows))} matrices at rank "
-        f"{', '.join(ranks)}, {size(written.path.stat().st_size)}"
-    )
+def show_factors(written: Factors, made: int) -> None:
+    ranks = sorted(int(str(row["rank"])) for row in written.rows.values())
+    there = len(written) - made
+    kept = f", {count(there)} of them as they were in the file" if there else ""
+    _say(f"{count(len(written))} matrices at rank {_range(ranks)}{kept}")
+    _say(f"written to {escape(str(written.path))}, {size(written.path.stat().st_size)}")
 
 
 def show_verify(report: VerifyReport) -> None:
