@@ -92,6 +92,11 @@ def has_factors(name: str, shape: tuple[int, ...], dtype: str) -> bool:
     return len(shape) == 2 and dtype in FLOATS and min(shape) > 0 and not is_vocabulary(name)
 
 
+def is_stack(name: str, shape: tuple[int, ...], dtype: str) -> bool:
+    """Whether a tensor is a stack of such matrices: the experts of a layer, [experts, m, n]."""
+    return len(shape) == 3 and has_factors(name, shape[1:], dtype) and shape[0] > 0
+
+
 def summed(vector: Vector) -> tuple[dict[str, Summed], Operands]:
     """A vector by itself, tensor by tensor.
 
@@ -114,16 +119,27 @@ def compress(vector: Vector, out: Path, options: CompressOptions) -> CompressRep
     tensors, operands = summed(vector)
 
     def factors(tensor: Summed, file: FactorFile) -> list[str] | None:
-        if not tensor.terms or not has_factors(tensor.name, tensor.shape, tensor.dtype):
+        name, shape = tensor.name, tensor.shape
+        numbers: list[int | None] = [None]
+        if is_stack(name, shape, tensor.dtype):
+            numbers = list(range(shape[0]))
+        elif not has_factors(name, shape, tensor.dtype):
             return None
-        found = leading(tensor.name, tensor.shape, tensor.terms, operands, rank, options)
-        if found.rank == 0:
+        if not tensor.terms:
+            return None
+        found = [
+            leading(name, shape, tensor.terms, operands, rank, options, number)
+            for number in numbers
+        ]
+        most = max(one.rank for one in found)
+        rows, columns = shape[-2:]
+        if most == 0:
             return []
-        rows, columns = tensor.shape
-        if found.rank * (rows + columns) >= rows * columns:
+        if most * (rows + columns) >= rows * columns:
             # The factors would be larger than the matrix, which is exact.
             return None
-        return _store(tensor.name, found, file, rescale=rescale)
+        scaled = [_rescaled(one) for one in found] if rescale else found
+        return _store(name, scaled, most, file, stack=len(shape) == 3)
 
     config: Json = {"compression": {"rank": rank, "rescale": rescale}}
     report = _write(vector, out, options, tensors, operands, factors, config)
@@ -175,13 +191,25 @@ def _bits(folder: AdapterFolder, entry: str) -> tuple[Values, str]:
     return values.reshape(info.shape), info.dtype
 
 
-def _store(name: str, found: Triplets, file: FactorFile, *, rescale: bool) -> list[str]:
-    s = found.s
-    if rescale:
-        s = s * math.sqrt(found.squares / float(np.sum(s * s)))
-    file.add(f"{name}:u", found.u, "F32")
+def _rescaled(found: Triplets) -> Triplets:
+    squares = float(np.sum(found.s * found.s))
+    s = found.s * math.sqrt(found.squares / squares) if squares else found.s
+    return Triplets(found.u, s, found.v, found.squares)
+
+
+def _store(
+    name: str, found: list[Triplets], rank: int, file: FactorFile, *, stack: bool
+) -> list[str]:
+    if stack:
+        # One rank for all: those of a lower one have zeros after their own.
+        u = np.stack([np.pad(one.u, ((0, 0), (0, rank - one.rank))) for one in found])
+        s = np.stack([np.pad(one.s, (0, rank - one.rank)) for one in found])
+        v = np.stack([np.pad(one.v, ((0, rank - one.rank), (0, 0))) for one in found])
+    else:
+        u, s, v = found[0].u, found[0].s, found[0].v
+    file.add(f"{name}:u", u, "F32")
     file.add(f"{name}:s", s, "F64")
-    file.add(f"{name}:v", found.v, "F32")
+    file.add(f"{name}:v", v, "F32")
     return [f"{name}:{role}" for role in ("u", "s", "v")]
 
 

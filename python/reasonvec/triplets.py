@@ -54,22 +54,30 @@ def leading(
     operands: Operands,
     rank: Rank,
     options: RunOptions,
+    number: int | None = None,
 ) -> Triplets:
-    """The leading triplets of a sum of terms with the given shape [rows, columns].
+    """The leading triplets of a sum of terms with the given shape [rows, columns], or of matrix
+    ``number`` of a stack [E, rows, columns].
 
     A sum of low-rank parts whose ranks together are less than a side has is taken apart from the
     factors side by side, by QR and a small SVD; the matrix is never made. There ``"auto"`` keeps
     all but rounding, since no noise of storage is in it.
     """
-    found = _side_by_side(terms, operands)
-    if found is not None and found[1].shape[0] <= min(shape):
+    found = _side_by_side(terms, operands, number)
+    rows, columns = shape[-2:]
+    if found is not None and found[1].shape[0] <= min(rows, columns):
         u, v = found
-        size = shape[0], shape[1], v.shape[0]
+        size = rows, columns, v.shape[0]
         rule = {"error": 1e-6} if rank == "auto" else _rule(rank)
         turned = np.ascontiguousarray(v.T)
         best = recompress(name, u.tobytes(), turned.tobytes(), size, rule=rule)
     else:
-        matrix: Json = {"name": name, "shape": list(shape), "terms": list(terms)}
+        matrix: Json = {
+            "name": name,
+            "shape": list(shape),
+            "number": number,
+            "terms": list(terms),
+        }
         best = svd(matrix, operands, rule=_rule(rank), options={**options, "progress": None})
     u, s, vt = (np.asarray(memoryview(part)) for part in (best.u, best.s, best.vt))
     return Triplets(u, s, vt, best.squares)
@@ -80,13 +88,13 @@ def _rule(rank: Rank) -> object:
 
 
 def _side_by_side(
-    terms: Sequence[Json], operands: Operands
+    terms: Sequence[Json], operands: Operands, number: int | None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
     """``u`` [rows, k] and ``v`` [k, columns] whose product is the sum, where every part has
     factors."""
     us, vs = [], []
     for term in terms:
-        factors = None if "control" in term else _factors(term, operands)
+        factors = None if "control" in term else _factors(term, operands, number)
         if factors is None:
             return None
         coefficient = float(str(term["coefficient"]))
@@ -96,7 +104,7 @@ def _side_by_side(
 
 
 def _factors(
-    term: Json, operands: Operands
+    term: Json, operands: Operands, number: int | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     """Two factors whose product a term is, but for its coefficient."""
     source = term.get("source")
@@ -110,8 +118,12 @@ def _factors(
         u, s, v = (
             _floats(folder.part(str(_at(_at(parts, role), "entry")))) for role in ("u", "s", "v")
         )
+        if number is not None:
+            u, s, v = u[number], s[number], v[number]
+            filled = s != 0
+            u, s, v = u[:, filled], s[filled], v[filled]
         return u * s, v
-    if _at(product, "a") is None:
+    if _at(product, "a") is None or number is not None:
         return None
     a, b = (
         _floats(folder.handle.tensor(name))

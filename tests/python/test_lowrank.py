@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -23,6 +24,7 @@ from reasonvec import reference as ref
 from reasonvec.cli.app import main
 from reasonvec.errors import FormatError, MismatchError
 from reasonvec.family import Family
+from reasonvec.folders import VectorFolder
 from reasonvec.lowrank import from_lora
 from reasonvec.names import is_vocabulary
 from reasonvec.reference import BLOCK, Bits, Dtype, lowrank
@@ -44,19 +46,21 @@ def page_reader() -> Reader:
 
 
 def folder_of(
-    path: Path, shape: tuple[int, int], rank: int, dtypes: tuple[Dtype, Dtype]
+    path: Path, shape: tuple[int, ...], rank: int, dtypes: tuple[Dtype, Dtype]
 ) -> tuple[Bits, NDArray[np.float64], Bits]:
     """A vector folder of one low-rank tensor, by the words of docs/format.md."""
     generator = np.random.default_rng(rank)
+    *stack, rows, columns = shape
+    matrices = math.prod(stack)
     u, v = (
-        bits_of(generator, shape[0] * rank, dtypes[0]),
-        bits_of(generator, rank * shape[1], dtypes[1]),
+        bits_of(generator, matrices * rows * rank, dtypes[0]),
+        bits_of(generator, matrices * rank * columns, dtypes[1]),
     )
-    s = generator.normal(size=rank) ** 2
+    s = generator.normal(size=(*stack, rank)) ** 2
     parts = {
-        "w:s": (s.view(np.uint64), "F64", (rank,)),
-        "w:u": (u, dtypes[0], (shape[0], rank)),
-        "w:v": (v, dtypes[1], (rank, shape[1])),
+        "w:s": (s.view(np.uint64), "F64", (*stack, rank)),
+        "w:u": (u, dtypes[0], (*stack, rows, rank)),
+        "w:v": (v, dtypes[1], (*stack, rank, columns)),
     }
     parts = dict(sorted(parts.items(), key=lambda part: -part[1][0].itemsize))
     path.mkdir()
@@ -66,7 +70,7 @@ def folder_of(
         "shape": shape,
         "dtype": "F64" if "F64" in dtypes else "BF16",
         "encoding": "lowrank",
-        "elements": shape[0] * shape[1],
+        "elements": math.prod(shape),
     }
     row |= {
         "moved": 0,
@@ -85,25 +89,43 @@ def folder_of(
     (path / "vector_config.json").write_text(
         json.dumps({"format": 1, "digest": "none", "tensors": [row]})
     )
-    return u.reshape(shape[0], rank), s, v.reshape(rank, shape[1])
+    return u.reshape(*stack, rows, rank), s, v.reshape(*stack, rank, columns)
 
 
 @pytest.mark.parametrize(
     "dtypes", [("F32", "F32"), ("BF16", "F16"), ("BF16", "F32"), ("F32", "F64")]
 )
 @pytest.mark.parametrize(
-    ("shape", "rank"), [((3, 5), 1), ((100, 33), 7), ((2, BLOCK + 9), 2), ((900, 700), 5)]
+    ("shape", "rank"),
+    [
+        ((3, 5), 1),
+        ((100, 33), 7),
+        ((2, BLOCK + 9), 2),
+        ((900, 700), 5),
+        ((1, 4, 6), 2),
+        ((5, 7, 9), 3),
+        ((40, 130, 99), 4),
+        ((3, 700, 500), 5),
+        ((3, 2, BLOCK + 9), 2),
+    ],
 )
 def test_core_reference_and_page_read_the_same(
-    tmp_path: Path, shape: tuple[int, int], rank: int, dtypes: tuple[Dtype, Dtype]
+    tmp_path: Path, shape: tuple[int, ...], rank: int, dtypes: tuple[Dtype, Dtype]
 ) -> None:
     u, s, v = folder_of(tmp_path / "v", shape, rank, dtypes)
     work = ref.work_dtype(*dtypes)
     expected = lowrank.lowrank_values((u, dtypes[0]), s, (v, dtypes[1]), work=work)
-    n = shape[0] * shape[1]
+    n = math.prod(shape)
     term = json.dumps([{"coefficient": 1.0, "source": {"stored": {"operand": 0, "name": "w"}}}])
     found = core.values(term, "w", n, 0, n, [core.VectorFolder(tmp_path / "v")], work == "F64")
     assert bytes_of(found, work == "F64").tobytes() == expected.tobytes()
+    # From the middle of a row, and of a matrix of a stack, to the middle of another.
+    for start, stop in ((n // 3 + 1, n - 2), (n // 2, n // 2 + 1)):
+        found = core.values(
+            term, "w", n, start, stop, [core.VectorFolder(tmp_path / "v")], work == "F64"
+        )
+        part = expected.reshape(-1)[start:stop]
+        assert bytes_of(found, work == "F64").tobytes() == part.tobytes()
     hi, at, _ = page_reader()(tmp_path / "v")["w"]
     assert hi.tobytes() == expected.tobytes()
     assert hi.shape == shape
@@ -249,6 +271,94 @@ def test_a_damaged_factor_is_found(reason: rv.Vector, family: Family, tmp_path: 
     config.write_text(config.read_text().replace('"rank": 2', '"rank": 3'))
     with pytest.raises(FormatError, match="rank"):
         rv.load(tmp_path / "low")
+
+
+# --------------------------------------------------------------------------------------------------
+# Stacks: the experts of a layer in one tensor
+
+EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def stacks(path: Path, ranks: tuple[int, ...], shape: tuple[int, int] = (48, 40)) -> rv.Vector:
+    """A difference of two checkpoints whose experts differ by updates of these ranks."""
+    draw = np.random.default_rng(9)
+    low = [draw.normal(size=(shape[0], r)) @ draw.normal(size=(r, shape[1])) for r in ranks]
+    n = draw.normal(size=(len(ranks), *shape)).astype(np.float32)
+    folders = {}
+    for name, values in (("n", n), ("p", n + np.array(low, np.float32))):
+        (path / name).mkdir(parents=True)
+        parts: dict[str, tuple[Bits, Dtype, tuple[int, ...]]] = {
+            EXPERTS: (values.view(np.uint32), "F32", values.shape)
+        }
+        write(path / name / "model.safetensors", parts)
+        (path / name / "config.json").write_text("{}")
+        folders[name] = rv.open(path / name)
+    return folders["p"] - folders["n"]
+
+
+def test_every_expert_of_a_stack_is_a_matrix(tmp_path: Path) -> None:
+    vector = stacks(tmp_path, (2, 5, 3))
+    vector.save(tmp_path / "exact")
+    was = page_reader()(tmp_path / "exact")[EXPERTS][0].astype(float)
+    report = vector.compress(tmp_path / "low", rank=4)
+    (row,) = report.rows
+    assert (row.encoding, row.rank) == ("lowrank", 4)
+    now = page_reader()(tmp_path / "low")[EXPERTS][0].astype(float)
+    assert now.shape == (3, 48, 40)
+    left = np.linalg.norm(was - now, axis=(1, 2))
+    best = [np.linalg.svd(one, compute_uv=False)[4:] for one in was]
+    assert left == pytest.approx([np.linalg.norm(b) for b in best], rel=1e-2, abs=1e-4)
+    assert row.residual == pytest.approx(np.linalg.norm(left), rel=1e-4)
+    core.verify_vector(core.VectorFolder(tmp_path / "low"), json.dumps({"memory_budget": 1 << 22}))
+    low = rv.load(tmp_path / "low")
+    assert low.compare(vector).total.cosine == pytest.approx(
+        float((was * now).sum() / np.linalg.norm(was) / np.linalg.norm(now)), rel=1e-6
+    )
+    assert np.asarray(low.svd(EXPERTS, rank=4, number=1).s) == pytest.approx(
+        np.linalg.svd(now[1], compute_uv=False)[:4], rel=1e-4
+    )
+
+
+def test_experts_of_unlike_ranks_are_filled_up_with_zeros(tmp_path: Path) -> None:
+    vector = stacks(tmp_path, (2, 0, 5))
+    report = vector.compress(tmp_path / "low", rank=0.9999999)
+    (row,) = report.rows
+    folder = VectorFolder(tmp_path / "low")
+    s = np.asarray(memoryview(folder.part(f"{EXPERTS}:s")))
+    assert row.rank == s.shape[1] == 5
+    assert (s != 0).sum(axis=1).tolist() == [2, 0, 5]
+    # Sums of such vectors are made of their factors, and lose nothing but rounding.
+    low = rv.load(tmp_path / "low")
+    again = (2.0 * low - 0.5 * low).compress(tmp_path / "again")
+    assert again.rows[0].rank == 5
+    assert again.residual <= 2e-6 * again.norm
+    low.compress(tmp_path / "scaled", rank=1, rescale=True)
+    before, after = (page_reader()(tmp_path / f)[EXPERTS][0] for f in ("low", "scaled"))
+    assert np.linalg.norm(after, axis=(1, 2)) == pytest.approx(
+        np.linalg.norm(before, axis=(1, 2)), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"shape": [3, 40, 48]}, "stack|shape"),
+        ({"shape": [120, 48]}, "matrix|F64|product"),
+        ({"shape": [2, 72, 40]}, "F64"),
+        ({"shape": [3, 48, 40, 1]}, "matri"),
+        ({"rank": 12}, "rank"),
+    ],
+)
+def test_stacks_that_do_not_fit_are_refused(
+    tmp_path: Path, change: dict[str, object], says: str
+) -> None:
+    stacks(tmp_path, (2, 2, 2)).compress(tmp_path / "low", rank=4)
+    config = tmp_path / "low" / "vector_config.json"
+    said = json.loads(config.read_text())
+    said["tensors"][0] |= change
+    config.write_text(json.dumps(said))
+    with pytest.raises(FormatError, match=says):
+        rv.load(tmp_path / "low").save(tmp_path / "out")
 
 
 # --------------------------------------------------------------------------------------------------

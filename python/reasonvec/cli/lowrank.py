@@ -67,8 +67,8 @@ def compress(
 ) -> None:
     """Write the sum of the vectors with every matrix as the product of two thin ones.
 
-    What has no rank to cut (biases, norms, embeddings, head, experts packed into one tensor) is
-    kept exactly, and so is a matrix that its factors would not make smaller.
+    What has no rank to cut (biases, norms, embeddings, head) is kept exactly, and so is a matrix
+    that its factors would not make smaller.
     """
     from reasonvec.cli.show import show_compress
 
