@@ -8,6 +8,7 @@ checkpoint alone. Here it is computed once, in f64, and kept under the digest of
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,7 +24,7 @@ from reasonvec.errors import DamageError, FormatError, MismatchError
 from reasonvec.folders import CheckpointFolder
 from reasonvec.json_values import Json
 from reasonvec.names import kind_of
-from reasonvec.run import RunOptions, settings
+from reasonvec.run import RunOptions, settings, steps
 from reasonvec.spectrum import checkpoint_matrices, svd
 
 __all__ = ["Factors", "Which", "factors", "write_factors"]
@@ -174,6 +175,9 @@ def write_factors(
     partial = file.with_name(file.name + ".partial")
     with partial.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
+        tasks = [(name, side) for name in names for side in sides]
+        sizes = [math.prod(matrices.shapes[name]) for name, _ in tasks]
+        runs = steps(options, sizes)
         for name in names:
             tell(name)
             for side in sides:
@@ -183,7 +187,7 @@ def write_factors(
                     rule={"fixed": rank},
                     which=side,
                     seed=seed,
-                    options=options,
+                    options=next(runs),
                 )
                 out.write(memoryview(found.u).cast("B"))
                 single = memoryview(found.s)

@@ -18,7 +18,7 @@ from reasonvec.json_values import Json
 from reasonvec.run import RunOptions, settings
 from reasonvec.terms import Operands
 
-__all__ = ["Rank", "Triplets", "check_rank", "leading"]
+__all__ = ["Rank", "Triplets", "check_rank", "leading", "memory"]
 
 Rank: TypeAlias = int | Literal["auto"] | float
 """How many triplets: a number of them, "auto" for those above the noise floor, or a share between 0
@@ -45,6 +45,19 @@ def check_rank(rank: Rank) -> None:
     if rank != "auto" and not (rank > 0 if isinstance(rank, int) else 0 < rank <= 1):
         message = f"rank: expected 1 or more, a share between 0 and 1, or 'auto', found {rank!r}"
         raise MismatchError(message)
+
+
+def memory(shape: Sequence[int], rank: Rank, options: RunOptions) -> tuple[int, int]:
+    """Bytes of anonymous memory that `leading` takes of a matrix beside what the process has: of
+    order (rows + columns) * rank. With a rule in place of a number, from the least to the most."""
+    plan = {
+        "rows": shape[0],
+        "columns": shape[1],
+        "rank": _rank(rank),
+        "which": "top",
+        "settings": settings(options),
+    }
+    return core.svd_memory(json.dumps(plan))
 
 
 def leading(
@@ -77,7 +90,7 @@ def leading(
         "seed": 0,
         "settings": settings(options),
     }
-    return _triplets(core.svd(json.dumps(plan), operands.handles, None))
+    return _triplets(core.svd(json.dumps(plan), operands.handles, options.get("progress")))
 
 
 def _rank(rank: Rank) -> Json | str:

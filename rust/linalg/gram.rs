@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::dense::{add_lower, add_product, pack, packed, share, transpose, transpose_shared};
-use super::eigen::symmetric;
+use super::eigen::{symmetric_until, values as values_until};
 use super::panel::{self, Scratch};
 use super::rsvd::{Sweep, exactly};
 use super::{Exact, Matrix, Triplets, inverse};
@@ -116,10 +116,29 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
     Ok(Gram { n, values, squares })
 }
 
+/// Bytes that [`decompose`] and [`spectrum`] hold at most, or with a rank those of [`bottom_exact`].
+pub(super) fn memory(rows: usize, columns: usize, rank: Option<usize>, threads: usize) -> u64 {
+    let (n, long) = (rows.min(columns) as u64, rows.max(columns) as u64);
+    let gathering = 8 * n * (n + 3 * DEPTH as u64);
+    // Vectors of both sides, twice while they are made orthonormal and once more while they are turned; and what reads them.
+    let sides = |r: u64| 8 * r * (3 * long + 2 * n) + threads as u64 * 48 * 16 * n;
+    let solving = match rank {
+        // The matrix, its eigenvectors as rows and as columns, and the reflectors.
+        None => 8 * n * n * 7 / 2,
+        Some(r) => {
+            let (space, whole) = inverse::memory(n as usize, r);
+            // A factor is there until a better one is.
+            8 * n * n + if whole { 8 * n * n * 5 / 2 } else { 2 * 8 * n * n + 8 * n * space }
+        }
+    };
+    let r = rank.map_or(n, |r| inverse::wider(r) as u64);
+    gathering.max(solving).max(sides(r))
+}
+
 /// Every singular value, descending, and the sum of squares.
 pub(super) fn spectrum_of(sweep: &Sweep<'_>) -> Result<(Vec<f64>, f64)> {
     let Gram { n, values, squares } = gather(sweep)?;
-    let values = super::eigen::values(values, n, sweep.level, sweep.settings.threads());
+    let values = values_until(values, n, &|| sweep.control.cancelled()).ok_or(Error::Cancelled)?;
     Ok((values.into_iter().map(|v| v.max(0.0).sqrt()).collect(), squares))
 }
 
@@ -138,7 +157,7 @@ pub fn spectrum(matrix: &Matrix<'_>, settings: &Settings, control: &Control) -> 
 pub fn decompose(matrix: &Matrix<'_>, settings: &Settings, control: &Control) -> Result<Triplets> {
     let sweep = Sweep::new(matrix, settings, control)?;
     let Gram { n, values, squares } = gather(&sweep)?;
-    let (_, vectors) = symmetric(&values, n);
+    let (_, vectors) = symmetric_until(&values, n, &|| control.cancelled()).ok_or(Error::Cancelled)?;
     let mut columns = vec![0.0; n * n];
     transpose(&vectors, &mut columns, n, n);
     Ok(side(&sweep, columns, n, squares)?.round())

@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use super::dense::{
     add_lower, add_product, cholesky, cross, invert_triangle, orthonormalise, pack, packed, share, transpose,
 };
-use super::eigen::symmetric;
+use super::eigen::{symmetric, symmetric_until};
 use crate::philox::Philox;
 use crate::simd::{Level, dispatch};
 use crate::stream::Control;
@@ -147,6 +147,18 @@ struct Found {
     leaks: Vec<f64>,
 }
 
+/// How many vectors are looked for where `r` are wanted.
+pub(super) fn wider(r: usize) -> usize {
+    (r + r.clamp(16, 64)).next_multiple_of(STRIP)
+}
+
+/// How many vectors a cycle holds, and whether the whole problem is solved instead: there is no room for a space that converges, or it is small.
+pub(super) fn memory(n: usize, r: usize) -> (u64, bool) {
+    let b = wider(r.max(1));
+    // Both of each block, what is found, and copies that are made orthonormal and solved for.
+    ((2 * LENGTH * b + 7 * b) as u64, n < (LENGTH + 2) * b || n < 640)
+}
+
 /// Vectors whose span has those of the `r` smallest eigenvalues, as orthonormal columns, and how many they are: more than `r`, because what
 /// lies next to the span decides how exactly the matrix itself tells them apart.
 ///
@@ -162,17 +174,16 @@ pub(super) fn smallest(
     control: &Control,
 ) -> Result<(Vec<f64>, usize)> {
     let r = r.max(1);
-    let b = (r + r.clamp(16, 64)).next_multiple_of(STRIP);
+    let b = wider(r);
     let whole = |a: &[f64]| {
-        let (_, vectors) = symmetric(a, n);
+        let (_, vectors) = symmetric_until(a, n, &|| control.cancelled()).ok_or(Error::Cancelled)?;
         let b = b.min(n);
         let mut columns = vec![0.0; n * b];
         transpose(&vectors[(n - b) * n..], &mut columns, b, n);
-        (columns, b)
+        Ok((columns, b))
     };
-    // Room for a space that converges; else the whole problem is small.
-    if n < (LENGTH + 2) * b || n < 640 {
-        return Ok(whole(a));
+    if memory(n, r).1 {
+        return whole(a);
     }
     let trace: f64 = (0..n).map(|i| a[i * n + i]).sum();
     // Far enough below zero that rounding makes no pivot negative, and no eigenvalue of the inverse so large that it blurs the others.
@@ -187,7 +198,7 @@ pub(super) fn smallest(
         }
         shift *= 16.0;
     }
-    let Some(mut factor) = factor else { return Ok(whole(a)) };
+    let Some(mut factor) = factor else { return whole(a) };
     // The angle after the last cycle, and what a block takes from its logarithm.
     let (mut last, mut pace) = (1.0, -0.1);
     for cycle in 0..CYCLES {
@@ -225,7 +236,7 @@ pub(super) fn smallest(
             }
         }
     }
-    Ok(whole(a))
+    whole(a)
 }
 
 /// One cycle of block Lanczos with full orthogonalisation: the space of `length` blocks of `b`, and of it the `b` vectors of the largest eigenvalues.

@@ -38,6 +38,9 @@ __all__ = ["main"]
 
 Pairs = Sequence[tuple[Path, Path]]
 _ALLOW = click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass.")
+_DRY = click.option(
+    "--dry-run", is_flag=True, help="Say what would happen, and every problem; write nothing."
+)
 _OVERWRITE = click.option(
     "--overwrite", is_flag=True, help="Replace an earlier output of reasonvec in the folder."
 )
@@ -206,9 +209,7 @@ def extract(
 @_DIGEST
 @click.option("--keep-undo", is_flag=True, help="Store the exact way back beside the output.")
 @_ALLOW
-@click.option(
-    "--dry-run", is_flag=True, help="Say what would happen, and every problem; write nothing."
-)
+@_DRY
 @click.option("--resume", is_flag=True, help="Continue an unfinished run.")
 @_OVERWRITE
 @_SYNC
@@ -290,6 +291,7 @@ main.add_command(merge)
 @click.option("--out", "-o", type=INPUT, required=True, metavar="W", help="The new folder.")
 @ranking_options
 @click.option("--rescale", is_flag=True, help="Stretch every matrix to the norm that it had.")
+@_DRY
 @selecting_options
 @_DIGEST
 @_OVERWRITE
@@ -310,6 +312,7 @@ def compress(
     memory_budget: int,
     *,
     rescale: bool,
+    dry_run: bool,
     overwrite: bool,
     sync: bool,
     as_json: bool,
@@ -319,19 +322,27 @@ def compress(
 
     What has no rank to cut (biases, norms, embeddings, head) is kept exactly.
     """
-    from reasonvec.cli.show import show_compress
+    from reasonvec.cli.show import show_compress, show_factors_plan
 
-    with guarded(), progress("compressing", quiet=quiet or as_json) as tell:
+    wanted = rank if energy is None else energy
+    with guarded(), progress("compressing", quiet=quiet or as_json or dry_run) as tell:
         vector = _where(_scaled(_each(vectors, pairs, base), []), include, exclude)
-        report = vector.compress(
-            out,
-            rank=rank if energy is None else energy,
-            rescale=rescale,
-            digest=digest,
-            overwrite=overwrite,
-            sync=sync,
-            **run_options(threads, memory_budget, tell),
-        )
+        options = run_options(threads, memory_budget, tell)
+        if dry_run:
+            plan = vector.plan_compress(rank=wanted, **options)
+        else:
+            report = vector.compress(
+                out,
+                rank=wanted,
+                rescale=rescale,
+                digest=digest,
+                overwrite=overwrite,
+                sync=sync,
+                **options,
+            )
+    if dry_run:
+        emit(plan.as_json, lambda: show_factors_plan(plan), as_json=as_json, quiet=quiet)
+        return
     emit(report.as_json, lambda: show_compress(report), as_json=as_json, quiet=quiet)
 
 
@@ -385,6 +396,7 @@ def from_lora(
     help="The base that the adapter names, a folder or a hub repository.  [default: the negative "
     "donor]",
 )
+@_DRY
 @selecting_options
 @_OVERWRITE
 @_SYNC
@@ -403,24 +415,28 @@ def to_lora(
     threads: int,
     memory_budget: int,
     *,
+    dry_run: bool,
     overwrite: bool,
     sync: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Write the sum of the vectors as a LoRA adapter for PEFT, and say what it cannot carry."""
-    from reasonvec.cli.show import show_lora
+    from reasonvec.cli.show import show_factors_plan, show_lora
 
-    with guarded(), progress("exporting", quiet=quiet or as_json) as tell:
+    wanted = rank if energy is None else energy
+    with guarded(), progress("exporting", quiet=quiet or as_json or dry_run) as tell:
         vector = _where(_scaled(_each(vectors, pairs, base), []), include, exclude)
-        report = vector.to_lora(
-            out,
-            rank=rank if energy is None else energy,
-            base=base_model,
-            overwrite=overwrite,
-            sync=sync,
-            **run_options(threads, memory_budget, tell),
-        )
+        options = run_options(threads, memory_budget, tell)
+        if dry_run:
+            plan = vector.plan_lora(rank=wanted, **options)
+        else:
+            report = vector.to_lora(
+                out, rank=wanted, base=base_model, overwrite=overwrite, sync=sync, **options
+            )
+    if dry_run:
+        emit(plan.as_json, lambda: show_factors_plan(plan), as_json=as_json, quiet=quiet)
+        return
     emit(report.as_json, lambda: show_lora(report), as_json=as_json, quiet=quiet)
 
 
