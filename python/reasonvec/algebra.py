@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from reasonvec.extract import ExtractOptions, ExtractReport
     from reasonvec.inspection import Inspection
     from reasonvec.lora import LoraOptions, LoraReport
-    from reasonvec.lowrank import CompressOptions, CompressReport
+    from reasonvec.lowrank import CompressOptions, CompressReport, FactorsPlan
     from reasonvec.matrices import Matrices
     from reasonvec.run import RunOptions
 
@@ -258,6 +258,31 @@ class Vector(Decomposable):
         from reasonvec.lora import to_lora
 
         return to_lora(self, Path(path), options)
+
+    def plan_compress(self, **options: Unpack[CompressOptions]) -> FactorsPlan:
+        """What `compress` will take, from headers alone: the memory of every matrix, of order
+        (rows + columns) * rank.
+
+        Raises:
+            MismatchError: the parts do not fit together, or ``rank`` is no rank.
+
+        Examples:
+            >>> import reasonvec as rv
+            >>> reason = rv.open(family.rl) - rv.open(family.sft)
+            >>> plan = reason.plan_compress(rank=4)
+            >>> least, most = plan.peak_memory
+            >>> least == most
+            True
+        """
+        from reasonvec.lowrank import plan_compress
+
+        return plan_compress(self, options)
+
+    def plan_lora(self, **options: Unpack[LoraOptions]) -> FactorsPlan:
+        """What `to_lora` will take; as `plan_compress`."""
+        from reasonvec.lora import plan_lora
+
+        return plan_lora(self, options)
 
     def inspect(self, **options: Unpack[RunOptions]) -> Inspection:
         """Norms, sparsity and largest changes, tensor by tensor."""

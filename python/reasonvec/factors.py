@@ -8,6 +8,7 @@ checkpoint alone. Here it is computed once, in f64, and kept under the digest of
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +25,7 @@ from reasonvec.folders import CheckpointFolder
 from reasonvec.json_values import Json
 from reasonvec.matrices import point_matrices
 from reasonvec.names import kind_of
-from reasonvec.run import RunOptions, settings
+from reasonvec.run import RunOptions, settings, steps
 from reasonvec.svd import svd
 
 if TYPE_CHECKING:
@@ -213,9 +214,12 @@ def write_factors(
         }
     metadata = {"format": _FORMAT, "which": which, "tensors": json.dumps(rows)}
     entries = [f"{name}:{side}.{part}" for name in names for side in sides for part in _PARTS]
+    sizes = [math.prod(matrices.shapes[name]) for name in names for _ in sides]
+    runs = steps(options, sizes)
     with FactorFile(file, entries, metadata) as out:
         for name in names:
             for side in sides:
+                run = next(runs)
                 found = kept.find(rows[name], side)
                 if found is None:
                     tell(name)
@@ -226,7 +230,7 @@ def write_factors(
                         rule={"fixed": rank},
                         which=side,
                         seed=seed,
-                        options=options,
+                        options=run,
                     )
                     found = (made.u, made.s, made.vt)
                 for part, tensor in zip(_PARTS, found, strict=True):

@@ -29,14 +29,14 @@ from reasonvec.destination import Destination
 from reasonvec.errors import MismatchError
 from reasonvec.factor_file import FactorFile, single
 from reasonvec.json_values import Json
-from reasonvec.lowrank import has_factors, summed
+from reasonvec.lowrank import FactorsPlan, has_factors, plan_factors, summed
 from reasonvec.measure import Quantities, measure
 from reasonvec.names import is_vocabulary, kind_of
-from reasonvec.run import RunOptions
+from reasonvec.run import RunOptions, steps
 from reasonvec.terms import Operands, Summed, elements, leaf_layout
 from reasonvec.triplets import Rank, check_rank, leading
 
-__all__ = ["LeftOut", "LoraOptions", "LoraReport", "to_lora"]
+__all__ = ["LeftOut", "LoraOptions", "LoraReport", "plan_lora", "to_lora"]
 
 _PREFIX = "base_model.model."
 # Their linear layers keep matrices as [in, out].
@@ -137,13 +137,16 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
     tensors, operands = summed(vector)
     layout = leaf_layout(vector.terms[0].leaf)
     flipped = layout.config.get("model_type") in _CONV1D
-    norms = _norms(tensors, operands, options)
-    Destination(out, operands.folders, overwrite=options.get("overwrite", False)).prepare()
     modules = {
         name.removesuffix(".weight"): tensor
         for name, tensor in tensors.items()
         if _why_not(tensor) is None
     }
+    # Norms are one reading, triplets are several.
+    sizes = [elements(tensor.shape) for tensor in tensors.values()]
+    parts = steps(options, [sum(sizes), *(4 * elements(m.shape) for m in modules.values())])
+    norms = _norms(tensors, operands, next(parts))
+    Destination(out, operands.folders, overwrite=options.get("overwrite", False)).prepare()
     experts, lost = _experts(modules, layout, norms)
     if experts:
         biases_of = (name for name in tensors if name.endswith(".bias"))
@@ -159,10 +162,10 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
             FactorFile(out / ADAPTER_MODEL, names, _METADATA) as file,
             FactorFile(spool, names) as stacked,
         ):
-            for module, tensor in modules.items():
+            for (module, tensor), part in zip(modules.items(), parts, strict=True):
                 if module in lost or norms.get(tensor.name, 0.0) == 0.0:
                     continue
-                found = leading(tensor.name, tensor.shape, tensor.terms, operands, rank, options)
+                found = leading(tensor.name, tensor.shape, tensor.terms, operands, rank, part)
                 truncated += max(found.squares - float(np.sum(found.s * found.s)), 0.0)
                 if found.rank == 0:
                     continue
@@ -280,6 +283,12 @@ def _nothing(
     return f"{vector}: no matrix of it has a rank above zero; there is nothing to export" + (
         f" (what moved and has no place in a LoRA: {reasons})" if reasons else ""
     )
+
+
+def plan_lora(vector: Vector, options: LoraOptions) -> FactorsPlan:
+    """What `to_lora` will do, from headers alone; see `Vector.plan_lora`."""
+    rank = options.get("rank", "auto")
+    return plan_factors(vector, options, lambda tensor: _why_not(tensor) is None, rank)
 
 
 def _norms(

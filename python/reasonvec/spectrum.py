@@ -13,7 +13,7 @@ from reasonvec.inspection import in_order
 from reasonvec.json_values import Json
 from reasonvec.matrices import Matrices
 from reasonvec.names import kind_of, layer_of
-from reasonvec.run import RunOptions, settings
+from reasonvec.run import RunOptions, settings, steps
 
 __all__ = ["Spectra", "TensorSpectrum", "spectra", "typical"]
 
@@ -116,15 +116,15 @@ def spectra(
     """
     options = {} if options is None else options
     rows = []
-    for name, number in matrices.each():
-        if not select(name):
-            continue
+    chosen = [(name, number) for name, number in matrices.each() if select(name)]
+    sizes = [math.prod(matrices.shapes[name][-2:]) for name, _ in chosen]
+    for (name, number), part in zip(chosen, steps(options, sizes), strict=True):
         shape = matrices.shapes[name]
         small = min(shape[-2:])
         many = None if count is None or count >= small else count
-        row = _spectrum(matrices, name, number, many, seed, options)
+        row = _spectrum(matrices, name, number, many, seed, part)
         if many is not None and row.rank >= many:
-            row = _spectrum(matrices, name, number, None, seed, options)
+            row = _spectrum(matrices, name, number, None, seed, part)
         rows.append(row)
     skipped = tuple(n for n, s in matrices.shapes.items() if len(s) not in {2, 3} and select(n))
     return Spectra(matrices.title, matrices.what, tuple(rows), skipped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -14,11 +15,11 @@ from reasonvec.adapter import AdapterFolder
 from reasonvec.errors import MismatchError
 from reasonvec.folders import Folder, VectorFolder
 from reasonvec.json_values import Json
-from reasonvec.run import RunOptions
+from reasonvec.run import RunOptions, settings
 from reasonvec.svd import rank_rule, recompress, svd
 from reasonvec.terms import Operands
 
-__all__ = ["Rank", "Triplets", "check_rank", "leading"]
+__all__ = ["Rank", "Triplets", "check_rank", "leading", "memory"]
 
 Rank: TypeAlias = int | Literal["auto"] | float
 """How many triplets: a number of them, "auto" for those above the noise floor, or a share between 0
@@ -45,6 +46,19 @@ def check_rank(rank: Rank) -> None:
     if rank != "auto" and not (rank > 0 if isinstance(rank, int) else 0 < rank <= 1):
         message = f"rank: expected 1 or more, a share between 0 and 1, or 'auto', found {rank!r}"
         raise MismatchError(message)
+
+
+def memory(shape: Sequence[int], rank: Rank, options: RunOptions) -> tuple[int, int]:
+    """Bytes of anonymous memory that `leading` takes of a matrix beside what the process has: of
+    order (rows + columns) * rank. With a rule in place of a number, from the least to the most."""
+    plan = {
+        "rows": shape[-2],
+        "columns": shape[-1],
+        "rank": _rule(rank),
+        "which": "top",
+        "settings": settings(options),
+    }
+    return core.svd_memory(json.dumps(plan))
 
 
 def leading(
@@ -78,7 +92,7 @@ def leading(
             "number": number,
             "terms": list(terms),
         }
-        best = svd(matrix, operands, rule=_rule(rank), options={**options, "progress": None})
+        best = svd(matrix, operands, rule=_rule(rank), options=options)
     u, s, vt = (np.asarray(memoryview(part)) for part in (best.u, best.s, best.vt))
     return Triplets(u, s, vt, best.squares)
 

@@ -14,6 +14,7 @@ from reasonvec.cli.options import (
     INPUT,
     Pairs,
     digest_option,
+    dry_run_option,
     opened,
     operands,
     output_options,
@@ -40,6 +41,7 @@ __all__ = ["compress", "factors", "from_lora", "spectrum", "to_lora"]
 @click.option("--out", "-o", type=INPUT, required=True, metavar="W", help="The new folder.")
 @ranking_options
 @click.option("--rescale", is_flag=True, help="Stretch every matrix to the norm that it had.")
+@dry_run_option
 @selecting_options
 @digest_option
 @overwrite_option
@@ -60,6 +62,7 @@ def compress(
     memory_budget: int,
     *,
     rescale: bool,
+    dry_run: bool,
     overwrite: bool,
     sync: bool,
     as_json: bool,
@@ -70,19 +73,27 @@ def compress(
     What has no rank to cut (biases, norms, embeddings, head) is kept exactly, and so is a matrix
     that its factors would not make smaller.
     """
-    from reasonvec.cli.show import show_compress
+    from reasonvec.cli.show import show_compress, show_factors_plan
 
-    with guarded(), progress("compressing", quiet=quiet or as_json) as tell:
+    wanted = rank if energy is None else energy
+    with guarded(), progress("compressing", quiet=quiet or as_json or dry_run) as tell:
         vector = selected(total(operands(vectors, pairs, base), []), include, exclude)
-        report = vector.compress(
-            out,
-            rank=rank if energy is None else energy,
-            rescale=rescale,
-            digest=digest,
-            overwrite=overwrite,
-            sync=sync,
-            **run_options(threads, memory_budget, tell),
-        )
+        options = run_options(threads, memory_budget, tell)
+        if dry_run:
+            plan = vector.plan_compress(rank=wanted, **options)
+        else:
+            report = vector.compress(
+                out,
+                rank=wanted,
+                rescale=rescale,
+                digest=digest,
+                overwrite=overwrite,
+                sync=sync,
+                **options,
+            )
+    if dry_run:
+        emit(plan.as_json, lambda: show_factors_plan(plan), as_json=as_json, quiet=quiet)
+        return
     emit(report.as_json, lambda: show_compress(report), as_json=as_json, quiet=quiet)
 
 
@@ -136,6 +147,7 @@ def from_lora(
     help="The base that the adapter names, a folder or a hub repository.  [default: the negative "
     "donor]",
 )
+@dry_run_option
 @selecting_options
 @overwrite_option
 @sync_option
@@ -154,24 +166,28 @@ def to_lora(
     threads: int,
     memory_budget: int,
     *,
+    dry_run: bool,
     overwrite: bool,
     sync: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Write the sum of the vectors as a LoRA adapter for PEFT, and say what it cannot carry."""
-    from reasonvec.cli.show import show_lora
+    from reasonvec.cli.show import show_factors_plan, show_lora
 
-    with guarded(), progress("exporting", quiet=quiet or as_json) as tell:
+    wanted = rank if energy is None else energy
+    with guarded(), progress("exporting", quiet=quiet or as_json or dry_run) as tell:
         vector = selected(total(operands(vectors, pairs, base), []), include, exclude)
-        report = vector.to_lora(
-            out,
-            rank=rank if energy is None else energy,
-            base=base_model,
-            overwrite=overwrite,
-            sync=sync,
-            **run_options(threads, memory_budget, tell),
-        )
+        options = run_options(threads, memory_budget, tell)
+        if dry_run:
+            plan = vector.plan_lora(rank=wanted, **options)
+        else:
+            report = vector.to_lora(
+                out, rank=wanted, base=base_model, overwrite=overwrite, sync=sync, **options
+            )
+    if dry_run:
+        emit(plan.as_json, lambda: show_factors_plan(plan), as_json=as_json, quiet=quiet)
+        return
     emit(report.as_json, lambda: show_lora(report), as_json=as_json, quiet=quiet)
 
 

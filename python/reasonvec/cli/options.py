@@ -23,6 +23,7 @@ __all__ = [
     "INPUT",
     "Pairs",
     "digest_option",
+    "dry_run_option",
     "nonfinite_option",
     "opened",
     "operands",
@@ -153,6 +154,9 @@ digest_option = click.option(
     default="xxh3-128",
     show_default=True,
     help="xxh3-128 detects damage, blake3 forgery too.",
+)
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Say what would happen, and every problem; write nothing."
 )
 nonfinite_option = click.option(
     "--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass."

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from reasonvec.factors import Factors
     from reasonvec.inspection import GroupMeasure, Inspection
     from reasonvec.lora import LeftOut, LoraReport
-    from reasonvec.lowrank import CompressReport
+    from reasonvec.lowrank import CompressReport, FactorsPlan
     from reasonvec.rounding import Rounding
     from reasonvec.spectrum import Spectra, TensorSpectrum
     from reasonvec.undo import UndoReport
@@ -229,6 +229,21 @@ def show_plan(plan: ApplyPlan) -> None:
     )
     errors = plan.errors
     _say(f"[red]would stop: {len(errors)} errors[/]" if errors else "[green]would run[/]")
+
+
+def show_factors_plan(plan: FactorsPlan) -> None:
+    """What a decomposition takes: the matrices by size, then the whole."""
+    rows = sorted(plan.memory.items(), key=lambda item: item[1], reverse=True)[:10]
+
+    def span(of: tuple[int, int]) -> str:
+        return size(of[0]) if of[0] == of[1] else f"{size(of[0])} to {size(of[1])}"
+
+    _table(["largest matrices", "memory"], [[escape(name), span(of)] for name, of in rows])
+    _say(
+        f"takes {count(len(plan.memory))} matrices apart, one after the other, at rank {plan.rank};"
+        f" {count(plan.others)} other tensors"
+    )
+    _say(f"holds at most {span(plan.peak_memory)}")
 
 
 def show_merge_plan(plan: ApplyPlan) -> None:

@@ -14,6 +14,7 @@ from reasonvec.cli.options import (
     INPUT,
     Pairs,
     digest_option,
+    dry_run_option,
     nonfinite_option,
     operands,
     output_options,
@@ -180,9 +181,7 @@ def extract(
 @digest_option
 @click.option("--keep-undo", is_flag=True, help="Store the exact way back beside the output.")
 @nonfinite_option
-@click.option(
-    "--dry-run", is_flag=True, help="Say what would happen, and every problem; write nothing."
-)
+@dry_run_option
 @click.option("--resume", is_flag=True, help="Continue an unfinished run.")
 @overwrite_option
 @sync_option
