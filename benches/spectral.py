@@ -10,9 +10,11 @@ torch has the f32 delta in memory; reasonvec reads two bf16 checkpoints from the
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,9 +22,11 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import peers
+import shapes
 import table
 import torch
-from measure import ratio
+from measure import ratio, run
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from table import Row
@@ -33,12 +37,16 @@ import reasonvec as rv
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "benches" / ".cache" / "spectral"
 RESULTS = ROOT / "docs" / "results"
+REASONVEC = Path(sysconfig.get_path("scripts")) / "reasonvec"
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 MIB = 2**20
 NAME = "weight"
-ROWS = ("top", "bottom", "large", "noise")
+ROWS = ("top", "bottom", "lora", "large", "noise")
 TOP = {"8960 x 1536": 8, "18944 x 3584": 8}
 BOTTOM = ("8960 x 1536", "3584 x 3584")
 LARGE = "28672 x 8192"
+# Of the 28 layers of Qwen2.5-1.5B: mergekit takes seconds for each of their seven matrices.
+LAYERS = 4
 
 # Anonymous memory before and at most during one decomposition, in a process without torch.
 CHILD = """
@@ -159,6 +167,33 @@ class Spectral:
             off = torch.linalg.norm((u * s) @ v - part) / torch.linalg.norm(part)
             yield Row(f"{ours}: dropped part off by, in 1e-10", off.item() * 1e10, "times", 1)
 
+    def lora(self) -> Iterator[Row]:
+        layers = 1 if self.quick else LAYERS
+        folder = shapes.first_layers(ROOT / "benches" / ".cache", layers)
+        p, n, out = folder / "rl", folder / "sft", CACHE / "lora"
+        extract = peers.mergekit(ROOT / "benches" / ".cache").with_name("mergekit-extract-lora")
+        models = ("--model", p, "--base-model", n)
+        theirs: list[str | Path] = [extract, *models, "--out-path", out / "theirs"]
+        ours: list[str | Path] = [REASONVEC, "to-lora", "--from", p, n, "--out", out / "ours"]
+        commands = {
+            f"to-lora of rank 32, {layers} layers of 1.5B": [*ours, "--rank", "32", "--overwrite"],
+            f"mergekit-extract-lora, {layers} layers of 1.5B": [*theirs, "--max-rank", "32"],
+        }
+        self.turns(*((name, partial(run, command, OFFLINE)) for name, command in commands.items()))
+        name, peer = commands
+        middle, least, most = ratio(self.seconds[peer], self.seconds[name])
+        detail = f"{least:.2f} to {most:.2f} within a round"
+        yield Row(f"{name}: times faster than mergekit", middle, "times", 15, 30, True, detail)
+        excess = [residuals(p, n, out / part) for part in ("ours", "theirs")]
+        peers_worst = max(excess[1].values())
+        yield Row(
+            f"{name}: greatest residual over the optimal",
+            max(excess[0].values()),
+            "times",
+            1.01,
+            detail=f"of {len(excess[0])} matrices; mergekit's {peers_worst:.6f}",
+        )
+
     def large(self) -> Iterator[Row]:
         folder = self.folder(LARGE, 16)
         yield Row(f"top-64 of {LARGE}: anonymous memory", self.anonymous(folder, 64), "MiB", 400)
@@ -188,6 +223,28 @@ class Spectral:
                 self.console.log(f"rank {rank}, step {step:g}: found {found.rank}, {near}")
         yield Row("noise-floor rank within 10 %", 100 * right / cases, "%", 95, 100, True)
         yield Row("closer to the true update", 100 * closer / cases, "%", 100, None, True)
+
+
+def residuals(p: Path, n: Path, adapter: Path) -> dict[str, float]:
+    """Of the first layer's matrices, what an adapter leaves over what the best of rank 32 does."""
+    factors = load_file(adapter / "adapter_model.safetensors")
+    positive, negative = (load_file(next(side.glob("*.safetensors"))) for side in (p, n))
+    found = {}
+    for name, values in positive.items():
+        part = "base_model.model." + name.removesuffix(".weight")
+        if not name.startswith("model.layers.0.") or f"{part}.lora_A.weight" not in factors:
+            continue
+        delta = values.double() - negative[name].double()
+        a, b = (factors[f"{part}.lora_{side}.weight"].double() for side in "AB")
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        short = name.removesuffix(".weight").rpartition(".")[2]
+        rank, alpha = a.shape[0], float(config["lora_alpha"])
+        for pattern, scale in config.get("alpha_pattern", {}).items():
+            alpha = float(scale) if name.removesuffix(".weight").endswith(pattern) else alpha
+        left = torch.linalg.norm(delta - (b @ a) * (alpha / rank)).item()
+        s = torch.linalg.svdvals(delta)
+        found[short] = left / torch.linalg.norm(s[32:]).item()
+    return found
 
 
 def main() -> None:

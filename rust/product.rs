@@ -1,7 +1,8 @@
 //! Products of two thin factors, made where they are read: what a LoRA adds to a matrix, and a low-rank tensor of a vector.
 //!
 //! `value[i, j] = scale * sum over k of (left[i, k] * weight[k]) * right[k, j]`, k ascending from +0, everything in f64, rounded once to the work
-//! type. The matrix is never held: a worker widens the rows of `left` that its tile touches, and `right` as a whole.
+//! type. The matrix is never held: a worker widens the rows of `left` that its tile touches, and `right` as a whole. A stack of matrices has a
+//! pair of factors for each, all of one rank, one below the other.
 
 use std::ops::Range;
 
@@ -29,10 +30,12 @@ pub struct Product {
     left: Factor,
     /// None for a single column of ones.
     right: Option<Factor>,
-    /// What each column of `left` is multiplied by, or nothing.
+    /// What each column of `left` is multiplied by, matrix after matrix, or nothing.
     weights: Vec<f64>,
     scale: f64,
     columns: u64,
+    /// Rows of each matrix of a stack; all of them, for one matrix.
+    height: u64,
 }
 
 /// Ranks above this are taken only for matrices that are as large themselves.
@@ -108,7 +111,9 @@ impl Product {
                 return Err(format!("has the shape {shape:?}, what is added to it {:?}", left.entry.shape));
             }
             left.entry.shape = vec![left.elements(), 1];
-            return Ok(Self { left: Factor::new(left, false)?, right: None, weights, scale, columns: 1 });
+            let left = Factor::new(left, false)?;
+            let height = left.rows;
+            return Ok(Self { left, right: None, weights, scale, columns: 1, height });
         };
         let (left, right) = (Factor::new(left, flipped)?, Factor::new(right, flipped)?);
         let rank = left.columns;
@@ -130,8 +135,46 @@ impl Product {
         if rank > PLAUSIBLE_RANK.max(left.rows).max(right.columns) {
             return Err(format!("a rank of {rank} is not credible for the shape {shape:?}"));
         }
-        let columns = right.columns;
-        Ok(Self { left, right: Some(right), weights, scale, columns })
+        let (columns, height) = (right.columns, left.rows);
+        Ok(Self { left, right: Some(right), weights, scale, columns, height })
+    }
+
+    /// A stack of products of the shape [matrices, rows, columns], from `left` of [matrices, rows, rank], a weight for each of the
+    /// matrices x rank columns, and `right` of [matrices, rank, columns]. Problems come without the path.
+    ///
+    /// # Errors
+    /// Factors that are no stacks of floats, do not fit each other, or whose product has another shape than `shape`.
+    pub fn stack(
+        mut left: TensorView,
+        mut right: TensorView,
+        weights: Vec<f64>,
+        shape: &[u64],
+    ) -> std::result::Result<Self, String> {
+        let misfit = format!(
+            "the factors {:?} of {:?} and {:?} of {:?} make no stack of the shape {shape:?}",
+            left.entry.name, left.entry.shape, right.entry.name, right.entry.shape
+        );
+        let (&[matrices, rows, columns], &[a, b, rank], &[c, d, e]) =
+            (shape, &left.entry.shape[..], &right.entry.shape[..])
+        else {
+            return Err(misfit);
+        };
+        if [a, b] != [matrices, rows] || [c, d, e] != [matrices, rank, columns] || shape.contains(&0) || rank == 0 {
+            return Err(misfit);
+        }
+        let (Some(tall), Some(deep)) = (matrices.checked_mul(rows), matrices.checked_mul(rank)) else {
+            return Err(misfit);
+        };
+        if weights.len() as u64 != deep || rank > rows.min(columns) {
+            return Err(misfit);
+        }
+        if tall.checked_mul(columns).and_then(|n| n.checked_mul(16)).is_none() {
+            return Err(format!("the shape {shape:?} overflows"));
+        }
+        left.entry.shape = vec![tall, rank];
+        right.entry.shape = vec![deep, columns];
+        let (left, right) = (Factor::new(left, false)?, Factor::new(right, false)?);
+        Ok(Self { left, right: Some(right), weights, scale: 1.0, columns, height: rows })
     }
 
     /// Elements of the product.
@@ -159,7 +202,8 @@ impl Product {
         let rank = self.left.columns;
         let item = if self.is_double() { 8 } else { 4 };
         let rows = (BLOCK / self.columns.max(1) + 2).min(self.left.rows);
-        rank * (rows * 8 + self.columns * item) + rows.max(self.columns).max(rank) * 8
+        let matrices = (rows / self.height.max(1) + 2).min(self.left.rows / self.height.max(1));
+        rank * (rows * 8 + self.columns * item * matrices) + rows.max(self.columns).max(rank) * 8
     }
 
     /// Opens it on some elements.
@@ -176,16 +220,20 @@ impl Product {
         } else {
             0..self.columns
         };
+        let height = self.height.max(1);
+        let matrices = rows.start / height..rows.end.div_ceil(height).max(rows.start / height);
+        let lines = matrices.start * rank..matrices.end * rank;
         let mut left: Vec<f64> = self.left.read(rows.clone(), 0..rank, pool)?;
         if !self.weights.is_empty() {
-            for row in left.chunks_exact_mut(rank as usize) {
-                row.iter_mut().zip(&self.weights).for_each(|(l, w)| *l *= w);
+            for (at, row) in rows.clone().zip(left.chunks_exact_mut(rank as usize)) {
+                let weights = &self.weights[(at / height * rank) as usize..][..rank as usize];
+                row.iter_mut().zip(weights).for_each(|(l, w)| *l *= w);
             }
         }
         let right = match &self.right {
             None => Panel::Single(vec![1.0]),
-            Some(f) if self.is_double() => Panel::Double(f.read(0..rank, columns.clone(), pool)?),
-            Some(f) => Panel::Single(f.read(0..rank, columns.clone(), pool)?),
+            Some(f) if self.is_double() => Panel::Double(f.read(lines, columns.clone(), pool)?),
+            Some(f) => Panel::Single(f.read(lines, columns.clone(), pool)?),
         };
         Ok(ProductReader {
             left,
@@ -196,6 +244,8 @@ impl Product {
             first_column: columns.start,
             width: (columns.end - columns.start) as usize,
             columns: n,
+            height,
+            first_matrix: matrices.start,
         })
     }
 }
@@ -213,6 +263,9 @@ pub struct ProductReader {
     width: usize,
     /// Columns of the whole.
     columns: u64,
+    /// Rows of each matrix.
+    height: u64,
+    first_matrix: u64,
 }
 
 #[derive(Debug)]
@@ -230,7 +283,7 @@ impl ProductReader {
         }
     }
 
-    /// The elements as rectangles: the end of a row, whole rows, the start of a row.
+    /// The elements as rectangles inside a matrix: the end of a row, whole rows, the start of a row.
     fn add_from<P: Work, W: Work>(
         &self,
         right: &[P],
@@ -244,13 +297,14 @@ impl ProductReader {
         let mut at = elements.start;
         while at < elements.end {
             let (row, column) = (at / n, at % n);
-            let whole = if column == 0 { (elements.end - at) / n } else { 0 };
+            let whole = if column == 0 { ((elements.end - at) / n).min(self.height - row % self.height) } else { 0 };
             let (rows, width) = if whole > 0 { (whole, n) } else { (1, (n - column).min(elements.end - at)) };
             let from = (at - elements.start) as usize;
             let left = &self.left[(row - self.first_row) as usize * self.rank..][..rows as usize * self.rank];
+            let lines = (row / self.height - self.first_matrix) as usize * self.rank;
             let panel = dispatch::PanelOf {
                 left,
-                right: &right[(column - self.first_column) as usize..],
+                right: &right[lines * self.width + (column - self.first_column) as usize..],
                 rank: self.rank,
                 stride: self.width,
                 scale: self.scale,

@@ -269,6 +269,11 @@ def svd(
     as JSON. U and V^T are F32, or F64 if `double`, which is for the smallest ones.
     """
 
+def svd_memory(plan: str) -> tuple[int, int]:
+    """
+    Bytes of anonymous memory that `svd` takes at least and at most, of a shape and a rank.
+    """
+
 def values(
     terms: str,
     name: str,

@@ -20,6 +20,7 @@ from reasonvec.coefficients import AlphaFor, Constant, Factor, Function, Ramp, W
 from reasonvec.compat.problem import Problem
 from reasonvec.errors import FormatError, MismatchError, ReasonvecError
 from reasonvec.folders import CheckpointFolder, VectorFolder, is_vector
+from reasonvec.svd import Decomposable
 
 if TYPE_CHECKING:
     from reasonvec._reasonvec import Tensor
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
     from reasonvec.extract import ExtractOptions, ExtractReport
     from reasonvec.inspection import Inspection
     from reasonvec.lora import LoraOptions, LoraReport
-    from reasonvec.lowrank import CompressOptions, CompressReport
+    from reasonvec.lowrank import CompressOptions, CompressReport, FactorsPlan
+    from reasonvec.matrices import Matrices
     from reasonvec.run import RunOptions
-    from reasonvec.spectrum import Spectra, Svd
 
 __all__ = [
     "Checkpoint",
@@ -107,7 +108,7 @@ class Scaled:
         return leaf
 
 
-class Vector:
+class Vector(Decomposable):
     """A sum of scaled differences and stored vectors. Immutable; nothing is read by making one.
 
     Examples:
@@ -258,6 +259,31 @@ class Vector:
 
         return to_lora(self, Path(path), options)
 
+    def plan_compress(self, **options: Unpack[CompressOptions]) -> FactorsPlan:
+        """What `compress` will take, from headers alone: the memory of every matrix, of order
+        (rows + columns) * rank.
+
+        Raises:
+            MismatchError: the parts do not fit together, or ``rank`` is no rank.
+
+        Examples:
+            >>> import reasonvec as rv
+            >>> reason = rv.open(family.rl) - rv.open(family.sft)
+            >>> plan = reason.plan_compress(rank=4)
+            >>> least, most = plan.peak_memory
+            >>> least == most
+            True
+        """
+        from reasonvec.lowrank import plan_compress
+
+        return plan_compress(self, options)
+
+    def plan_lora(self, **options: Unpack[LoraOptions]) -> FactorsPlan:
+        """What `to_lora` will take; as `plan_compress`."""
+        from reasonvec.lora import plan_lora
+
+        return plan_lora(self, options)
+
     def inspect(self, **options: Unpack[RunOptions]) -> Inspection:
         """Norms, sparsity and largest changes, tensor by tensor."""
         from reasonvec.inspect import inspect_vector
@@ -270,65 +296,10 @@ class Vector:
 
         return compare(self, other, **options)
 
-    def svd(
-        self,
-        name: str,
-        rank: int | Literal["auto"] | None = None,
-        *,
-        energy: float | None = None,
-        error: float | None = None,
-        number: int | None = None,
-        which: Literal["top", "bottom"] = "top",
-        seed: int = 0,
-        double: bool = False,
-        **options: Unpack[RunOptions],
-    ) -> Svd:
-        """Singular triplets of one matrix of the vector, read in a few passes and never held.
+    def _matrices(self) -> Matrices:
+        from reasonvec.matrices import vector_matrices
 
-        Args:
-            name: a tensor of shape ``[m, n]``, or ``[E, m, n]`` with ``number``.
-            rank: how many, or ``"auto"``: those above the noise floor, the largest singular value
-                of the same matrix with random signs.
-            energy: as few as hold this share of the sum of squares.
-            error: as few as leave this share of the norm at most.
-            number: which matrix of a stack.
-            which: the largest (randomised, nearly optimal) or the smallest (from the Gram matrix in
-                f64, exact; by ``rank`` alone).
-            seed: of the random test matrix; the same seed gives the same bits everywhere.
-            double: vectors in F64 (for the smallest), not F32.
-
-        Raises:
-            MismatchError: there is no such matrix.
-            NonFiniteError: NaN or infinity in it.
-
-        Examples:
-            >>> import reasonvec as rv
-            >>> reason = rv.open(family.rl) - rv.open(family.sft)
-            >>> found = reason.svd("model.layers.0.mlp.up_proj.weight", rank=4)
-            >>> found.u, found.vt
-            (Tensor(F32, [176, 4]), Tensor(F32, [4, 64]))
-        """
-        from reasonvec.spectrum import rank_rule, svd, vector_matrices
-
-        return svd(
-            vector_matrices(self),
-            name,
-            rule=rank_rule(rank, energy, error),
-            number=number,
-            which=which,
-            seed=seed,
-            double=double,
-            options=options,
-        )
-
-    def spectrum(
-        self, *, count: int | None = 64, seed: int = 0, **options: Unpack[RunOptions]
-    ) -> Spectra:
-        """Leading singular values of every matrix against its noise floor; ``count=None`` for
-        all."""
-        from reasonvec.spectrum import spectra, vector_matrices
-
-        return spectra(vector_matrices(self), count=count, seed=seed, options=options)
+        return vector_matrices(self)
 
     def __str__(self) -> str:
         return " + ".join(term.text for term in self.terms) if self.terms else "0"
@@ -337,7 +308,7 @@ class Vector:
         return f"Vector({self})"
 
 
-class Point:
+class Point(Decomposable):
     """A checkpoint, perhaps with vectors added. Immutable; nothing is read by making one."""
 
     __slots__ = ("base", "vector")
@@ -410,6 +381,11 @@ class Point:
 
         return apply(self, Path(path), options)
 
+    def _matrices(self) -> Matrices:
+        from reasonvec.matrices import point_matrices
+
+        return point_matrices(self)
+
     def __str__(self) -> str:
         name = self.base.path.name
         return f"{name} + {self.vector}" if self.vector.terms else name
@@ -452,66 +428,6 @@ class Checkpoint(Point, Mapping[str, "Tensor"]):
         from reasonvec.inspect import inspect_checkpoint
 
         return inspect_checkpoint(self.base, **options)
-
-    def svd(
-        self,
-        name: str,
-        rank: int | Literal["auto"] | None = None,
-        *,
-        energy: float | None = None,
-        error: float | None = None,
-        number: int | None = None,
-        which: Literal["top", "bottom"] = "top",
-        seed: int = 0,
-        double: bool = False,
-        **options: Unpack[RunOptions],
-    ) -> Svd:
-        """Singular triplets of one matrix of the checkpoint, read in a few passes and never held.
-
-        Args:
-            name: a tensor of shape ``[m, n]``, or ``[E, m, n]`` with ``number``.
-            rank: how many, or ``"auto"``: those above the noise floor, the largest singular value
-                of the same matrix with random signs.
-            energy: as few as hold this share of the sum of squares.
-            error: as few as leave this share of the norm at most.
-            number: which matrix of a stack.
-            which: the largest (randomised, nearly optimal) or the smallest (from the Gram matrix in
-                f64, exact; by ``rank`` alone).
-            seed: of the random test matrix; the same seed gives the same bits everywhere.
-            double: vectors in F64 (for the smallest), not F32.
-
-        Raises:
-            MismatchError: there is no such matrix.
-            NonFiniteError: NaN or infinity in it.
-
-        Examples:
-            >>> import reasonvec as rv
-            >>> model = rv.open(family.sft)
-            >>> found = model.svd("model.layers.0.mlp.up_proj.weight", rank=4)
-            >>> found.u, found.vt
-            (Tensor(F32, [176, 4]), Tensor(F32, [4, 64]))
-        """
-        from reasonvec.spectrum import checkpoint_matrices, rank_rule, svd
-
-        return svd(
-            checkpoint_matrices(self.base),
-            name,
-            rule=rank_rule(rank, energy, error),
-            number=number,
-            which=which,
-            seed=seed,
-            double=double,
-            options=options,
-        )
-
-    def spectrum(
-        self, *, count: int | None = 64, seed: int = 0, **options: Unpack[RunOptions]
-    ) -> Spectra:
-        """Leading singular values of every matrix against its noise floor; ``count=None`` for
-        all."""
-        from reasonvec.spectrum import checkpoint_matrices, spectra
-
-        return spectra(checkpoint_matrices(self.base), count=count, seed=seed, options=options)
 
 
 def _no_sum(a: Point, b: Point) -> NoReturn:

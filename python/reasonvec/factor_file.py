@@ -12,7 +12,9 @@ from typing import Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FactorFile", "Values"]
+from reasonvec._reasonvec import Tensor
+
+__all__ = ["FactorFile", "Values", "single"]
 
 Values: TypeAlias = (
     NDArray[np.float32] | NDArray[np.float64] | NDArray[np.uint16] | NDArray[np.uint32]
@@ -75,3 +77,8 @@ class FactorFile:
     ) -> None:
         self._file.close()
         self._partial.unlink(missing_ok=True)
+
+
+def single(tensor: Tensor) -> NDArray[np.float32]:
+    """A tensor of the core in float32."""
+    return np.asarray(memoryview(tensor)).astype(np.float32, copy=False)

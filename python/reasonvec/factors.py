@@ -8,12 +8,13 @@ checkpoint alone. Here it is computed once, in f64, and kept under the digest of
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Literal, TypeAlias, Unpack
 
 from reasonvec import _reasonvec as core
 from reasonvec._reasonvec import Checkpoint as CoreCheckpoint
@@ -22,14 +23,20 @@ from reasonvec.algebra import Point
 from reasonvec.errors import DamageError, FormatError, MismatchError
 from reasonvec.folders import CheckpointFolder
 from reasonvec.json_values import Json
+from reasonvec.matrices import point_matrices
 from reasonvec.names import kind_of
-from reasonvec.run import RunOptions, settings
-from reasonvec.spectrum import checkpoint_matrices, svd
+from reasonvec.run import RunOptions, settings, steps
+from reasonvec.svd import svd
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Factors", "Which", "factors", "write_factors"]
 
 Which: TypeAlias = Literal["top", "bottom", "both"]
+Side: TypeAlias = Literal["top", "bottom"]
 _FORMAT = "reasonvec-factors-1"
+_PARTS = ("u", "s", "vt")
 # Embeddings, heads and norms are nobody's adapters.
 _NOT = frozenset({"embed", "lm_head", "norm", "router"})
 
@@ -37,18 +44,19 @@ _NOT = frozenset({"embed", "lm_head", "norm", "router"})
 @dataclass(frozen=True, slots=True)
 class Factors(Mapping[str, "dict[str, Tensor]"]):
     """A factor file, opened: tensor name to ``{"top.u": [m, r], "top.s": [r], "top.vt": [r, n],
-    "bottom.u": ...}``, whichever the file has; what is not looked up is not read."""
+    "bottom.u": ...}``, whichever the file has, in float32; what is not looked up is not read.
+
+    The tensors share the file's bytes. `torch` gives copies of one's own.
+    """
 
     path: Path
     handle: CoreCheckpoint
     rows: dict[str, Json]
 
     def __getitem__(self, name: str) -> dict[str, Tensor]:
-        row = self.rows[name]
-        parts = row["parts"]
+        parts = self.rows[name]["parts"]
         if not isinstance(parts, list):
-            message = f"{self.path}: {name} has no list of parts; the file is damaged"
-            raise FormatError(message)
+            raise TypeError
         return {str(part): self.handle.tensor(f"{name}:{part}") for part in parts}
 
     def __iter__(self) -> Iterator[str]:
@@ -57,17 +65,45 @@ class Factors(Mapping[str, "dict[str, Tensor]"]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def torch(
+        self,
+        name: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The factors of a tensor as torch tensors that may be changed, to start an adapter from.
+
+        Args:
+            name: of the tensor.
+            dtype: float32 by default.
+            device: the processor by default.
+
+        Raises:
+            KeyError: the file has no factors of it.
+        """
+        from reasonvec.torch import to_torch
+
+        return {
+            part: to_torch(tensor, dtype=dtype, device=device)
+            for part, tensor in self[name].items()
+        }
+
     def check(self, model: Point) -> None:
         """Compare the digests of the model's tensors with those the factors were made from.
 
         Raises:
-            DamageError: some tensor is another one now.
+            DamageError: some tensor is another one now, or is no longer there.
         """
-        names = list(self.rows)
-        found = core.digest_tensors(
-            model.base.handle, names, "xxh3-128", json.dumps(settings({})), None
-        )
-        for name, digest in zip(names, found, strict=True):
+        there = model.base.layout.tensors
+        if gone := [name for name in self.rows if name not in there]:
+            message = (
+                f"{self.path}: has factors of {gone[0]}, which {model.base.path} lacks; make them "
+                "again with `reasonvec factors`"
+            )
+            raise DamageError(message)
+        found = _digests(model, list(self.rows), {})
+        for name, digest in found.items():
             if digest != self.rows[name]["digest"]:
                 message = (
                     f"{self.path}: the factors of {name} were made from a tensor with the digest "
@@ -77,18 +113,24 @@ class Factors(Mapping[str, "dict[str, Tensor]"]):
                 raise DamageError(message)
 
 
-def factors(path: str | os.PathLike[str]) -> Factors:
-    """Open a factor file that `write_factors` or ``reasonvec factors`` wrote. Reads headers only.
+def factors(path: str | os.PathLike[str], model: Point | None = None) -> Factors:
+    """Open a factor file that `write_factors` or ``reasonvec factors`` wrote. Reads headers only,
+    and with a model its tensors, to compare their digests.
+
+    Args:
+        path: the file.
+        model: the checkpoint that an adapter is to stand on.
 
     Raises:
+        DamageError: the factors were made from other tensors than the model's.
         FormatError: it is no factor file.
         OSError: it cannot be read.
 
     Examples:
         >>> import reasonvec as rv
         >>> written = rv.write_factors(rv.open(family.sft), "f.safetensors", rank=4)
-        >>> bottom = rv.factors("f.safetensors")["model.layers.0.self_attn.q_proj.weight"]
-        >>> bottom["bottom.u"]
+        >>> found = rv.factors("f.safetensors", rv.open(family.sft))
+        >>> found["model.layers.0.self_attn.q_proj.weight"]["bottom.u"]
         Tensor(F32, [64, 4])
     """
     file = Path(path)
@@ -102,11 +144,14 @@ def factors(path: str | os.PathLike[str]) -> Factors:
             metadata = header["__metadata__"]
             if metadata["format"] != _FORMAT:
                 raise KeyError("format")
-            rows = json.loads(metadata["tensors"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+            rows = _rows(json.loads(metadata["tensors"]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             message = f"{file}: is no factor file; make one with `reasonvec factors MODEL -o FILE`"
             raise FormatError(message) from None
-    return Factors(file, CoreCheckpoint(file), rows)
+    found = Factors(file, CoreCheckpoint(file), rows)
+    if model is not None:
+        found.check(model)
+    return found
 
 
 def write_factors(
@@ -123,6 +168,10 @@ def write_factors(
 ) -> Factors:
     """Write the leading or trailing singular triplets of a checkpoint's matrices.
 
+    What a file of that name already has is kept: factors of the same rank and seed, by the digest
+    of the tensor that they were made from, under whatever name that was. So running it again on the
+    same model reads its tensors once and computes nothing.
+
     Args:
         model: a checkpoint without vectors.
         path: the file; written beside its name and renamed.
@@ -131,85 +180,123 @@ def write_factors(
         include: regular expressions; only tensors whose name one of them finds. By default every
             matrix but embeddings, head, routers and norms.
         exclude: regular expressions of tensors to leave out.
-        tell: called with the name of each tensor before it is factored.
+        seed: of the random test matrix of the largest.
+        tell: called with the name of each tensor before it is factored, not when it is kept.
 
     Raises:
+        FormatError: there is a file of that name which is no factor file.
         MismatchError: the model has vectors added, or nothing is left to factor.
         NonFiniteError: NaN or infinity in a matrix.
         OSError: a file cannot be read or written.
     """
+    from reasonvec.factor_file import FactorFile, single
+
     if model.vector.terms:
         message = f"{model}: factors are those of a checkpoint; save the sum first"
         raise MismatchError(message)
     if rank < 1:
         message = f"rank is a number of triplets from 1 on, not {rank}"
         raise ValueError(message)
-    names = _selected(model.base, list(include), list(exclude))
-    matrices = checkpoint_matrices(model.base)
-    sides: tuple[Literal["top", "bottom"], ...] = ("top", "bottom") if which == "both" else (which,)
-    digests = core.digest_tensors(
-        model.base.handle, names, "xxh3-128", json.dumps(settings(options)), None
-    )
-    rows: dict[str, Json] = {}
-    header: dict[str, Json] = {}
-    at = 0
-    for name, digest in zip(names, digests, strict=True):
-        m, n = matrices.shapes[name]
-        r = min(rank, m, n)
-        parts = [f"{side}.{part}" for side in sides for part in ("u", "s", "vt")]
-        rows[name] = {"digest": digest, "rank": r, "shape": [m, n], "parts": parts}
-        for part in parts:
-            shape = {"u": [m, r], "s": [r], "vt": [r, n]}[part.rpartition(".")[2]]
-            size = 4 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-            header[f"{name}:{part}"] = {
-                "dtype": "F32",
-                "shape": shape,
-                "data_offsets": [at, at + size],
-            }
-            at += size
-    metadata = {"format": _FORMAT, "which": which, "seed": str(seed), "tensors": json.dumps(rows)}
-    text = json.dumps({"__metadata__": metadata} | header).encode()
-    text += b" " * (-len(text) % 8)
     file = Path(path)
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+    kept = _Kept(file)
+    matrices = point_matrices(model)
+    names = _selected(model.base, matrices.shapes, list(include), list(exclude))
+    sides: tuple[Side, ...] = ("top", "bottom") if which == "both" else (which,)
+    rows: dict[str, Json] = {}
+    for name, digest in _digests(model, names, options).items():
+        m, n = matrices.shapes[name]
+        rows[name] = {
+            "digest": digest,
+            "rank": min(rank, m, n),
+            "shape": [m, n],
+            "seed": seed,
+            "parts": [f"{side}.{part}" for side in sides for part in _PARTS],
+        }
+    metadata = {"format": _FORMAT, "which": which, "tensors": json.dumps(rows)}
+    entries = [f"{name}:{side}.{part}" for name in names for side in sides for part in _PARTS]
+    sizes = [math.prod(matrices.shapes[name]) for name in names for _ in sides]
+    runs = steps(options, sizes)
+    with FactorFile(file, entries, metadata) as out:
         for name in names:
-            tell(name)
             for side in sides:
-                found = svd(
-                    matrices,
-                    name,
-                    rule={"fixed": rank},
-                    which=side,
-                    seed=seed,
-                    options=options,
-                )
-                out.write(memoryview(found.u).cast("B"))
-                single = memoryview(found.s)
-                out.write(_single(single.tolist()))
-                out.write(memoryview(found.vt).cast("B"))
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(file)
+                run = next(runs)
+                found = kept.find(rows[name], side)
+                if found is None:
+                    tell(name)
+                    matrix = matrices.plan(name, None)
+                    made = svd(
+                        matrix,
+                        matrices.operands,
+                        rule={"fixed": rank},
+                        which=side,
+                        seed=seed,
+                        options=run,
+                    )
+                    found = (made.u, made.s, made.vt)
+                for part, tensor in zip(_PARTS, found, strict=True):
+                    out.add(f"{name}:{side}.{part}", single(tensor), "F32")
+        # Where a file that is open cannot be replaced, the old one must not be.
+        kept.close()
+        out.finish()
     return factors(file)
 
 
-def _single(values: Iterable[float]) -> bytes:
-    from array import array
+def _rows(found: dict[str, Json]) -> dict[str, Json]:
+    """What a file says of its tensors, if it is what `write_factors` says.
 
-    found = array("f", values)
-    if not (b := found.tobytes()) or int.from_bytes(array("H", [1]).tobytes(), "little") == 1:
-        return b
-    found.byteswap()
-    return found.tobytes()
+    Raises:
+        KeyError, TypeError: it is something else.
+    """
+    for row in found.values():
+        if not isinstance(row["digest"], str) or not isinstance(row["rank"], int):
+            raise TypeError
+        if not isinstance(row["parts"], list) or not isinstance(row["shape"], list):
+            raise TypeError
+    return found
 
 
-def _selected(folder: CheckpointFolder, include: list[str], exclude: list[str]) -> list[str]:
-    matrices = checkpoint_matrices(folder)
+class _Kept:
+    """What a factor file had before it is written again, by digest."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = factors(path) if path.exists() else None
+        self._names: dict[tuple[object, object], str] = {}
+        for name, row in self._file.rows.items() if self._file is not None else ():
+            self._names[row["digest"], row["rank"]] = name
+
+    def find(self, row: Json, side: Side) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The factors that ``row`` asks for, if they are there."""
+        name = self._names.get((row["digest"], row["rank"]))
+        if self._file is None or name is None:
+            return None
+        old = self._file.rows[name]
+        # The smallest are exact: no random matrix is in them.
+        if old["shape"] != row["shape"] or (side == "top" and old.get("seed") != row["seed"]):
+            return None
+        parts = self._file[name]
+        u, s, vt = (parts.get(f"{side}.{part}") for part in _PARTS)
+        return None if u is None or s is None or vt is None else (u, s, vt)
+
+    def close(self) -> None:
+        self._file = None
+
+
+def _digests(model: Point, names: list[str], options: RunOptions) -> dict[str, str | None]:
+    found = core.digest_tensors(
+        model.base.handle, names, "xxh3-128", json.dumps(settings(options)), None
+    )
+    return dict(zip(names, found, strict=True))
+
+
+def _selected(
+    folder: CheckpointFolder,
+    shapes: Mapping[str, tuple[int, ...]],
+    include: list[str],
+    exclude: list[str],
+) -> list[str]:
     copies = folder.layout.copies()
     names = []
-    for name, shape in matrices.shapes.items():
+    for name, shape in shapes.items():
         if len(shape) != 2 or 0 in shape or name in copies:
             continue
         wanted = any(re.search(p, name) for p in include) if include else kind_of(name) not in _NOT

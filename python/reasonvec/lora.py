@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,19 +22,21 @@ import numpy as np
 from reasonvec import _reasonvec as core
 from reasonvec.adapter import ADAPTER_CONFIG, ADAPTER_MODEL
 from reasonvec.algebra import Adapter, Difference, Vector
-from reasonvec.compat.layout import FLOATS
+from reasonvec.compat.class_prefix import class_prefix
+from reasonvec.compat.experts import ADAPTABLE, layout_of
+from reasonvec.compat.layout import FLOATS, Layout
 from reasonvec.destination import Destination
 from reasonvec.errors import MismatchError
-from reasonvec.factor_file import FactorFile
+from reasonvec.factor_file import FactorFile, single
 from reasonvec.json_values import Json
-from reasonvec.lowrank import has_factors, summed
+from reasonvec.lowrank import FactorsPlan, has_factors, plan_factors, summed
 from reasonvec.measure import Quantities, measure
 from reasonvec.names import is_vocabulary, kind_of
-from reasonvec.run import RunOptions
+from reasonvec.run import RunOptions, steps
 from reasonvec.terms import Operands, Summed, elements, leaf_layout
 from reasonvec.triplets import Rank, check_rank, leading
 
-__all__ = ["LeftOut", "LoraOptions", "LoraReport", "to_lora"]
+__all__ = ["LeftOut", "LoraOptions", "LoraReport", "plan_lora", "to_lora"]
 
 _PREFIX = "base_model.model."
 # Their linear layers keep matrices as [in, out].
@@ -87,6 +89,7 @@ class LoraReport:
     truncated: float
     left_out: list[LeftOut]
     bytes: int
+    warnings: list[str]
 
     @property
     def left_out_norm(self) -> float:
@@ -123,6 +126,7 @@ class LoraReport:
             "ranks": self.ranks,
             "biases": self.biases,
             "bytes": self.bytes,
+            "warnings": self.warnings,
         }
 
 
@@ -133,40 +137,65 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
     tensors, operands = summed(vector)
     layout = leaf_layout(vector.terms[0].leaf)
     flipped = layout.config.get("model_type") in _CONV1D
-    norms = _norms(tensors, operands, options)
-    Destination(out, operands.folders, overwrite=options.get("overwrite", False)).prepare()
     modules = {
         name.removesuffix(".weight"): tensor
         for name, tensor in tensors.items()
         if _why_not(tensor) is None
     }
+    # Norms are one reading, triplets are several.
+    sizes = [elements(tensor.shape) for tensor in tensors.values()]
+    parts = steps(options, [sum(sizes), *(4 * elements(m.shape) for m in modules.values())])
+    norms = _norms(tensors, operands, next(parts))
+    Destination(out, operands.folders, overwrite=options.get("overwrite", False)).prepare()
+    experts, lost = _experts(modules, layout, norms)
+    if experts:
+        biases_of = (name for name in tensors if name.endswith(".bias"))
+        lost |= dict.fromkeys(biases_of, "PEFT has no biases beside experts")
     ranks: dict[str, int] = {}
     truncated = 0.0
-    names = [f"{_PREFIX}{module}.lora_{part}" for module in modules for part in _PARTS]
-    with FactorFile(out / ADAPTER_MODEL, names, _METADATA) as file:
-        for module, tensor in modules.items():
-            if norms.get(tensor.name, 0.0) == 0.0:
-                continue
-            found = leading(tensor.name, tensor.shape, tensor.terms, operands, rank, options)
-            truncated += max(found.squares - float(np.sum(found.s * found.s)), 0.0)
-            if found.rank == 0:
-                continue
-            ranks[module] = found.rank
-            root = np.sqrt(found.s)
-            b = (found.u * root).astype(np.float32)
-            a = (root[:, None] * found.v).astype(np.float32)
-            if flipped:
-                b, a = a.T, b.T
-            file.add(f"{_PREFIX}{module}.lora_A.weight", a, "F32")
-            file.add(f"{_PREFIX}{module}.lora_B.weight", b, "F32")
-        biases = _write_biases(file, ranks, tensors, norms, operands)
-        if not ranks:
-            message = f"{vector}: no matrix of it has a rank above zero; there is nothing to export"
-            raise MismatchError(message)
-        file.finish(sync=options.get("sync", True))
-    carried = {f"{module}.weight" for module in modules} | set(biases)
+    bare = class_prefix(layout)
+    place = _PREFIX + (bare or "")
+    names = [f"{place}{module}.lora_{part}" for module in modules for part in _PARTS]
+    spool = out / _EXPERTS
+    try:
+        with (
+            FactorFile(out / ADAPTER_MODEL, names, _METADATA) as file,
+            FactorFile(spool, names) as stacked,
+        ):
+            for (module, tensor), part in zip(modules.items(), parts, strict=True):
+                if module in lost or norms.get(tensor.name, 0.0) == 0.0:
+                    continue
+                found = leading(tensor.name, tensor.shape, tensor.terms, operands, rank, part)
+                truncated += max(found.squares - float(np.sum(found.s * found.s)), 0.0)
+                if found.rank == 0:
+                    continue
+                ranks[module] = found.rank
+                root = np.sqrt(found.s)
+                b = (found.u * root).astype(np.float32)
+                a = (root[:, None] * found.v).astype(np.float32)
+                if flipped:
+                    b, a = a.T, b.T
+                into = stacked if module in experts else file
+                into.add(f"{place}{module}.lora_A.weight", a, "F32")
+                into.add(f"{place}{module}.lora_B.weight", b, "F32")
+            if not ranks:
+                raise MismatchError(_nothing(vector, tensors, norms, lost))
+            stacked.finish(sync=False)
+            shapes = {module: modules[module].shape for module in modules if module in experts}
+            common = _write_experts(file, spool, place, shapes, ranks)
+            ranks |= dict.fromkeys(shapes, common) if common else {}
+            # PEFT has no biases in an adapter that has experts.
+            biases = [] if common else _write_biases(file, place, ranks, tensors, norms, operands)
+            file.finish(sync=options.get("sync", True))
+    finally:
+        spool.unlink(missing_ok=True)
+    carried = {f"{module}.weight" for module in modules if module not in lost} | set(biases)
     left_out = [
-        LeftOut(name, _why_not(tensors[name]) or "", norm)
+        LeftOut(
+            name,
+            lost.get(name.removesuffix(".weight")) or _why_not(tensors[name]) or "",
+            norm,
+        )
         for name, norm in norms.items()
         if norm > 0 and name not in carried
     ]
@@ -179,18 +208,87 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
         math.sqrt(truncated),
         left_out,
         (out / ADAPTER_MODEL).stat().st_size,
+        [_unplaced(layout)] if bare is None else [],
     )
     sync = options.get("sync", True)
     base = options.get("base") or _base_of(vector)
-    config = _config(report, modules, layout.config, base, flipped=flipped)
+    config = _config(report, bare or "", modules, experts, layout.config, base, flipped=flipped)
     core.write_whole(out / "README.md", _card(report, base).encode(), sync)
     # The config last: a folder without it is no adapter.
     core.write_whole(out / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode(), sync)
     return report
 
 
+_EXPERTS = "experts.safetensors"
+_EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
 _METADATA = {"format": "pt", "reasonvec": core.version()}
 _PARTS = ("A.weight", "B.weight", "B.bias")
+
+
+def _experts(
+    modules: Mapping[str, Summed], layout: Layout, norms: Mapping[str, float]
+) -> tuple[set[str], dict[str, str]]:
+    """The experts whose factors PEFT stacks, and the modules that it then has no place for, with
+    the reason.
+
+    A class that packs its experts has no modules for them. PEFT knows what to make of an adapter
+    that names them for some families, and only if none is missing and all have one rank.
+    """
+    family = str(layout.config.get("model_type"))
+    if layout_of(family) is None:
+        return set(), {}
+    experts = {module for module in modules if _EXPERT.search(module)}
+    if family not in ADAPTABLE:
+        return set(), dict.fromkeys(experts, "an expert, packed where PEFT does not see it")
+    if not any(norms.get(f"{module}.weight", 0.0) > 0 for module in experts):
+        return set(), {}
+    taken = {module.rpartition(".")[2] for module in experts}
+    others = {m for m in modules if m not in experts and m.rpartition(".")[2] in taken}
+    return experts, dict.fromkeys(others, "PEFT takes its name for an expert's")
+
+
+def _write_experts(
+    file: FactorFile,
+    spool: Path,
+    place: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    ranks: Mapping[str, int],
+) -> int:
+    """The factors of all experts at the highest of their ranks, with zeros after those of a lower
+    one; that rank."""
+    rank = max((ranks[module] for module in shapes if module in ranks), default=0)
+    if rank == 0:
+        return 0
+    found = core.Checkpoint(spool)
+    for module, (rows, columns) in shapes.items():
+        for part, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+            name = f"{place}{module}.lora_{part}.weight"
+            values = np.zeros(shape, np.float32)
+            if module in ranks:
+                kept = single(found.tensor(name))
+                values[: kept.shape[0], : kept.shape[1]] = kept
+            file.add(name, values, "F32")
+    return rank
+
+
+def _nothing(
+    vector: Vector,
+    tensors: Mapping[str, Summed],
+    norms: Mapping[str, float],
+    lost: Mapping[str, str],
+) -> str:
+    moved = [name for name, norm in norms.items() if norm > 0]
+    why = Counter(lost.get(n.removesuffix(".weight")) or _why_not(tensors[n]) for n in moved)
+    reasons = ", ".join(f"{n} times {reason}" for reason, n in why.items() if reason is not None)
+    return f"{vector}: no matrix of it has a rank above zero; there is nothing to export" + (
+        f" (what moved and has no place in a LoRA: {reasons})" if reasons else ""
+    )
+
+
+def plan_lora(vector: Vector, options: LoraOptions) -> FactorsPlan:
+    """What `to_lora` will do, from headers alone; see `Vector.plan_lora`."""
+    rank = options.get("rank", "auto")
+    return plan_factors(vector, options, lambda tensor: _why_not(tensor) is None, rank)
 
 
 def _norms(
@@ -205,6 +303,7 @@ def _norms(
 
 def _write_biases(
     file: FactorFile,
+    place: str,
     ranks: Mapping[str, int],
     tensors: Mapping[str, Summed],
     norms: Mapping[str, float],
@@ -226,7 +325,7 @@ def _write_biases(
                 operands.handles,
             )  # fmt: skip
             values = np.frombuffer(memoryview(found).cast("B"), np.float32)
-        file.add(f"{_PREFIX}{module}.lora_B.bias", values, "F32")
+        file.add(f"{place}{module}.lora_B.bias", values, "F32")
     return moved
 
 
@@ -238,13 +337,22 @@ def _why_not(tensor: Summed) -> str | None:
     if name.endswith(".bias"):
         return "the bias of a module without factors"
     if not has_factors(name, tensor.shape, tensor.dtype):
-        return "one dimension" if len(tensor.shape) < 2 else "more than two dimensions"
+        return "one dimension" if len(tensor.shape) < 2 else "experts in one tensor"
     if not name.endswith(".weight"):
         return "not the weight of a module"
     if _TABLE.search(name):
         return "an embedding"
     # transformers has made modules of their own of them, which PEFT cannot put factors on.
     return "a router" if kind_of(name) == "router" else None
+
+
+def _unplaced(layout: Layout) -> str:
+    kind = layout.config.get("model_type")
+    return (
+        f"{layout.path}: names its blocks without the name of a model class, and where the class "
+        f"of model_type {kind!r} keeps them is not known here; PEFT finds the adapter's modules "
+        "only in a model whose own names begin in the same way (look at model.named_modules())"
+    )
 
 
 def _base_of(vector: Vector) -> str | None:
@@ -262,14 +370,18 @@ def _base_of(vector: Vector) -> str | None:
 
 def _config(
     report: LoraReport,
+    prefix: str,
     modules: Iterable[str],
+    experts: Collection[str],
     model: Mapping[str, object],
     base: str | None,
     *,
     flipped: bool,
 ) -> Json:
-    common = Counter(report.ranks.values()).most_common(1)[0][0]
-    others = {m: r for m, r in report.ranks.items() if r != common}
+    # The rank of experts cannot be said by name: PEFT's own names for them are others.
+    stacked = [report.ranks[module] for module in experts if module in report.ranks]
+    common = Counter(stacked or report.ranks.values()).most_common(1)[0][0]
+    others = {prefix + m: r for m, r in report.ranks.items() if r != common}
     return {
         "peft_type": "LORA",
         "task_type": _task(model),
@@ -285,17 +397,22 @@ def _config(
         "fan_in_fan_out": flipped,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": _targets(report.ranks, modules),
+        "target_modules": _targets(report.ranks, prefix, modules, experts),
         "rank_pattern": others,
         "alpha_pattern": others,
     }
 
 
-def _targets(ranks: Mapping[str, int], modules: Iterable[str]) -> list[str]:
-    """The last parts of the modules' names where those name them all and no others."""
-    last = {module.rpartition(".")[2] for module in ranks}
+def _targets(
+    ranks: Mapping[str, int], prefix: str, modules: Iterable[str], experts: Collection[str]
+) -> list[str]:
+    """The last parts of the modules' names where those name them all and no others; of experts
+    always."""
+    stacked = {module.rpartition(".")[2] for module in experts if module in ranks}
+    rest = {module for module in ranks if module not in experts}
+    last = {module.rpartition(".")[2] for module in rest}
     named = {module for module in modules if module.rpartition(".")[2] in last}
-    return sorted(last) if named == set(ranks) else sorted(ranks)
+    return sorted(stacked | (last if named == rest else {prefix + module for module in rest}))
 
 
 def _task(model: Mapping[str, object]) -> str | None:
@@ -309,6 +426,7 @@ def _task(model: Mapping[str, object]) -> str | None:
 def _card(report: LoraReport, base: str | None) -> str:
     ranks = sorted(report.ranks.values())
     span = f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+    warnings = [line for warning in report.warnings for line in ("", f"**Note:** {warning}.")]
     lines = [
         "---",
         "library_name: peft",
@@ -321,6 +439,7 @@ def _card(report: LoraReport, base: str | None) -> str:
         "",
         f"Factors of rank {span} for {len(report.ranks)} matrices, made from a vector in weight "
         "space by reasonvec. The scale is 1 (lora_alpha is r).",
+        *warnings,
         "",
         "## What it does not carry",
         "",

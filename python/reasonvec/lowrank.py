@@ -25,12 +25,26 @@ from reasonvec.errors import MismatchError
 from reasonvec.extract import ExtractOptions, ExtractReport, Row, write_vector
 from reasonvec.factor_file import FactorFile, Values
 from reasonvec.json_values import Json
+from reasonvec.memory import anonymous_bytes
 from reasonvec.names import is_vocabulary
-from reasonvec.terms import Operands, Summed, leaf_layout, sum_terms
-from reasonvec.triplets import Rank, Triplets, check_rank, leading
+from reasonvec.run import DEFAULT_BUDGET, RunOptions, steps
+from reasonvec.terms import Operands, Summed, elements, leaf_layout, sum_terms
+from reasonvec.triplets import Rank, Triplets, check_rank, leading, memory
 
-__all__ = ["CompressOptions", "CompressReport", "compress", "from_lora", "has_factors", "summed"]
+__all__ = [
+    "CompressOptions",
+    "CompressReport",
+    "FactorsPlan",
+    "compress",
+    "from_lora",
+    "has_factors",
+    "plan_compress",
+    "plan_factors",
+    "summed",
+]
 
+# Headers, plans and the factors of one matrix on their way into the file.
+_HEADROOM = 24 << 20
 _FACTORS = "factors.safetensors.partial"
 
 
@@ -87,9 +101,76 @@ class CompressReport:
         }
 
 
+@dataclass(frozen=True)
+class FactorsPlan:
+    """What a decomposition of a vector's matrices will take, from headers alone.
+
+    ``memory`` has for every matrix the bytes that its decomposition holds, of order
+    (rows + columns) * rank; the least and the most where a rule chooses the rank, which is the
+    same where a number does. ``peak_memory`` is the process's at most, with what it holds now.
+    """
+
+    recipe: str
+    rank: Rank
+    memory: dict[str, tuple[int, int]]
+    others: int
+    peak_memory: tuple[int, int]
+
+    def as_json(self) -> Json:
+        return {
+            "recipe": self.recipe,
+            "rank": self.rank,
+            "matrices": {name: list(span) for name, span in self.memory.items()},
+            "other_tensors": self.others,
+            "peak_memory": list(self.peak_memory),
+        }
+
+
+def plan_factors(
+    vector: Vector, options: RunOptions, taken: Callable[[Summed], bool], rank: Rank = "auto"
+) -> FactorsPlan:
+    """What a decomposition of the matrices for which ``taken`` is true will take.
+
+    Raises:
+        MismatchError: the parts do not fit together, or ``rank`` is no rank.
+    """
+    check_rank(rank)
+    tensors, _ = summed(vector)
+    spans = {
+        name: memory(tensor.shape, rank, options)
+        for name, tensor in tensors.items()
+        if tensor.terms and taken(tensor)
+    }
+    least, most = (max((span[i] for span in spans.values()), default=0) for i in (0, 1))
+    # The pass that stores or measures the rest comes before or after, inside its budget.
+    budget, now = options.get("memory_budget", DEFAULT_BUDGET), anonymous_bytes() + _HEADROOM
+    return FactorsPlan(
+        str(vector),
+        rank,
+        spans,
+        len(tensors) - len(spans),
+        (now + max(least, budget), now + max(most, budget)),
+    )
+
+
+def plan_compress(vector: Vector, options: CompressOptions) -> FactorsPlan:
+    """What `compress` will do, from headers alone; see `Vector.plan_compress`."""
+    return plan_factors(vector, options, _is_taken, options.get("rank", "auto"))
+
+
 def has_factors(name: str, shape: tuple[int, ...], dtype: str) -> bool:
     """Whether a tensor is one that is taken apart: a matrix of floats whose rows are no tokens."""
     return len(shape) == 2 and dtype in FLOATS and min(shape) > 0 and not is_vocabulary(name)
+
+
+def is_stack(name: str, shape: tuple[int, ...], dtype: str) -> bool:
+    """Whether a tensor is a stack of such matrices: the experts of a layer, [experts, m, n]."""
+    return len(shape) == 3 and has_factors(name, shape[1:], dtype) and shape[0] > 0
+
+
+def _is_taken(tensor: Summed) -> bool:
+    what = tensor.name, tensor.shape, tensor.dtype
+    return has_factors(*what) or is_stack(*what)
 
 
 def summed(vector: Vector) -> tuple[dict[str, Summed], Operands]:
@@ -113,17 +194,32 @@ def compress(vector: Vector, out: Path, options: CompressOptions) -> CompressRep
     check_rank(rank)
     tensors, operands = summed(vector)
 
+    matrices = {
+        name: tensor for name, tensor in tensors.items() if tensor.terms and _is_taken(tensor)
+    }
+    # What is stored otherwise is read once, and told apart: it comes with a bar of its own.
+    weights = [elements(tensor.shape) for tensor in matrices.values()]
+    parts = dict(zip(matrices, steps(options, weights), strict=True))
+
     def factors(tensor: Summed, file: FactorFile) -> list[str] | None:
-        if not tensor.terms or not has_factors(tensor.name, tensor.shape, tensor.dtype):
+        if tensor.name not in matrices:
             return None
-        found = leading(tensor.name, tensor.shape, tensor.terms, operands, rank, options)
-        if found.rank == 0:
+        name, shape, part = tensor.name, tensor.shape, parts[tensor.name]
+        numbers: list[int | None] = [None] if len(shape) == 2 else list(range(shape[0]))
+        runs = steps(part, [1] * len(numbers))
+        found = [
+            leading(name, shape, tensor.terms, operands, rank, run, number)
+            for number, run in zip(numbers, runs, strict=True)
+        ]
+        most = max(one.rank for one in found)
+        rows, columns = shape[-2:]
+        if most == 0:
             return []
-        rows, columns = tensor.shape
-        if found.rank * (rows + columns) >= rows * columns:
+        if most * (rows + columns) >= rows * columns:
             # The factors would be larger than the matrix, which is exact.
             return None
-        return _store(tensor.name, found, file, rescale=rescale)
+        scaled = [_rescaled(one) for one in found] if rescale else found
+        return _store(name, scaled, most, file, stack=len(shape) == 3)
 
     config: Json = {"compression": {"rank": rank, "rescale": rescale}}
     report = _write(vector, out, options, tensors, operands, factors, config)
@@ -175,13 +271,25 @@ def _bits(folder: AdapterFolder, entry: str) -> tuple[Values, str]:
     return values.reshape(info.shape), info.dtype
 
 
-def _store(name: str, found: Triplets, file: FactorFile, *, rescale: bool) -> list[str]:
-    s = found.s
-    if rescale:
-        s = s * math.sqrt(found.squares / float(np.sum(s * s)))
-    file.add(f"{name}:u", found.u, "F32")
+def _rescaled(found: Triplets) -> Triplets:
+    squares = float(np.sum(found.s * found.s))
+    s = found.s * math.sqrt(found.squares / squares) if squares else found.s
+    return Triplets(found.u, s, found.v, found.squares)
+
+
+def _store(
+    name: str, found: list[Triplets], rank: int, file: FactorFile, *, stack: bool
+) -> list[str]:
+    if stack:
+        # One rank for all: those of a lower one have zeros after their own.
+        u = np.stack([np.pad(one.u, ((0, 0), (0, rank - one.rank))) for one in found])
+        s = np.stack([np.pad(one.s, (0, rank - one.rank)) for one in found])
+        v = np.stack([np.pad(one.v, ((0, rank - one.rank), (0, 0))) for one in found])
+    else:
+        u, s, v = found[0].u, found[0].s, found[0].v
+    file.add(f"{name}:u", u, "F32")
     file.add(f"{name}:s", s, "F64")
-    file.add(f"{name}:v", found.v, "F32")
+    file.add(f"{name}:v", v, "F32")
     return [f"{name}:{role}" for role in ("u", "s", "v")]
 
 

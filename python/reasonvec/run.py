@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeAlias, TypedDict
 
-__all__ = ["DEFAULT_BUDGET", "DigestName", "Progress", "RunOptions", "settings"]
+__all__ = ["DEFAULT_BUDGET", "DigestName", "Progress", "RunOptions", "settings", "steps"]
 
 Progress: TypeAlias = Callable[[int, int], object]
 DigestName: TypeAlias = Literal["xxh3-128", "blake3", "none"]
@@ -31,3 +31,25 @@ def settings(options: RunOptions, *, sync: bool = True, resume: bool = False) ->
         "sync": sync,
         "resume": resume,
     }
+
+
+def steps(options: RunOptions, weights: Sequence[int]) -> Iterator[RunOptions]:
+    """Options for one call of the core after the other, whose progress is told as one.
+
+    ``weights`` say how much work each is. The bar never goes back, though a call may learn on its
+    way that there is more to do.
+    """
+    tell = options.get("progress")
+    whole, before, furthest = sum(weights), 0, 0
+    for weight in weights:
+        if tell is None:
+            yield options
+            continue
+
+        def told(done: int, expected: int, start: int = before, part: int = weight) -> None:
+            nonlocal furthest
+            furthest = max(furthest, start + part * done // max(expected, done, 1))
+            tell(furthest, whole)
+
+        yield {**options, "progress": told}
+        before += weight

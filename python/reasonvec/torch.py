@@ -32,7 +32,7 @@ from reasonvec.json_values import Json
 from reasonvec.reference import Dtype, narrow
 from reasonvec.terms import Operands, place_term
 
-__all__ = ["add_", "subtract_"]
+__all__ = ["add_", "subtract_", "to_torch"]
 
 _NAMES: dict[torch.dtype, Dtype] = {
     torch.float64: "F64",
@@ -106,6 +106,28 @@ def subtract_(module: torch.nn.Module, vector: Vector, alpha: float = 1.0) -> No
         )
         raise MismatchError(message)
     _put_back(dict(_tensors(module)), stack.pop())
+
+
+def to_torch(
+    tensor: core.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """A tensor of a checkpoint or of a factor file, copied: it may be changed and moved, which one
+    that shares a file's bytes (`torch.from_dlpack`) may not.
+
+    Args:
+        tensor: of any dtype that torch has; bf16 stays bf16.
+        dtype: the tensor's own by default.
+        device: the processor by default.
+    """
+    there = from_dlpack(tensor)
+    return there.to(
+        device=there.device if device is None else device,
+        dtype=there.dtype if dtype is None else dtype,
+        copy=True,
+    )
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

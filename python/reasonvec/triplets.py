@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypedDict
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,10 @@ from reasonvec.errors import MismatchError
 from reasonvec.folders import Folder, VectorFolder
 from reasonvec.json_values import Json
 from reasonvec.run import RunOptions, settings
+from reasonvec.svd import rank_rule, recompress, svd
 from reasonvec.terms import Operands
 
-__all__ = ["Rank", "Triplets", "check_rank", "leading"]
+__all__ = ["Rank", "Triplets", "check_rank", "leading", "memory"]
 
 Rank: TypeAlias = int | Literal["auto"] | float
 """How many triplets: a number of them, "auto" for those above the noise floor, or a share between 0
@@ -47,6 +48,19 @@ def check_rank(rank: Rank) -> None:
         raise MismatchError(message)
 
 
+def memory(shape: Sequence[int], rank: Rank, options: RunOptions) -> tuple[int, int]:
+    """Bytes of anonymous memory that `leading` takes of a matrix beside what the process has: of
+    order (rows + columns) * rank. With a rule in place of a number, from the least to the most."""
+    plan = {
+        "rows": shape[-2],
+        "columns": shape[-1],
+        "rank": _rule(rank),
+        "which": "top",
+        "settings": settings(options),
+    }
+    return core.svd_memory(json.dumps(plan))
+
+
 def leading(
     name: str,
     shape: Sequence[int],
@@ -54,52 +68,47 @@ def leading(
     operands: Operands,
     rank: Rank,
     options: RunOptions,
+    number: int | None = None,
 ) -> Triplets:
-    """The leading triplets of a sum of terms with the given shape [rows, columns].
+    """The leading triplets of a sum of terms with the given shape [rows, columns], or of matrix
+    ``number`` of a stack [E, rows, columns].
 
     A sum of low-rank parts whose ranks together are less than a side has is taken apart from the
     factors side by side, by QR and a small SVD; the matrix is never made. There ``"auto"`` keeps
     all but rounding, since no noise of storage is in it.
     """
-    found = _side_by_side(terms, operands)
-    if found is not None and found[1].shape[0] <= min(shape):
+    found = _side_by_side(terms, operands, number)
+    rows, columns = shape[-2:]
+    if found is not None and found[1].shape[0] <= min(rows, columns):
         u, v = found
-        size = shape[0], shape[1], v.shape[0]
-        wanted = {"error": 1e-6} if rank == "auto" else _rank(rank)
+        size = rows, columns, v.shape[0]
+        rule = {"error": 1e-6} if rank == "auto" else _rule(rank)
         turned = np.ascontiguousarray(v.T)
-        return _triplets(core.recompress(u.tobytes(), turned.tobytes(), *size, json.dumps(wanted)))
-    plan = {
-        "name": name,
-        "shape": list(shape),
-        "terms": list(terms),
-        "rank": _rank(rank),
-        "which": "top",
-        "seed": 0,
-        "settings": settings(options),
-    }
-    return _triplets(core.svd(json.dumps(plan), operands.handles, None))
+        best = recompress(name, u.tobytes(), turned.tobytes(), size, rule=rule)
+    else:
+        matrix: Json = {
+            "name": name,
+            "shape": list(shape),
+            "number": number,
+            "terms": list(terms),
+        }
+        best = svd(matrix, operands, rule=_rule(rank), options=options)
+    u, s, vt = (np.asarray(memoryview(part)) for part in (best.u, best.s, best.vt))
+    return Triplets(u, s, vt, best.squares)
 
 
-def _rank(rank: Rank) -> Json | str:
-    if isinstance(rank, int):
-        return {"fixed": rank}
-    return "noise" if isinstance(rank, str) else {"energy": rank}
-
-
-def _triplets(found: tuple[core.Tensor, core.Tensor, core.Tensor, str]) -> Triplets:
-    u, s, v = (np.asarray(memoryview(part)) for part in found[:3])
-    rest: _Rest = json.loads(found[3])
-    return Triplets(u, s, v, rest["squares"])
+def _rule(rank: Rank) -> object:
+    return rank_rule(None, energy=rank) if isinstance(rank, float) else rank_rule(rank)
 
 
 def _side_by_side(
-    terms: Sequence[Json], operands: Operands
+    terms: Sequence[Json], operands: Operands, number: int | None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
     """``u`` [rows, k] and ``v`` [k, columns] whose product is the sum, where every part has
     factors."""
     us, vs = [], []
     for term in terms:
-        factors = None if "control" in term else _factors(term, operands)
+        factors = None if "control" in term else _factors(term, operands, number)
         if factors is None:
             return None
         coefficient = float(str(term["coefficient"]))
@@ -109,7 +118,7 @@ def _side_by_side(
 
 
 def _factors(
-    term: Json, operands: Operands
+    term: Json, operands: Operands, number: int | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     """Two factors whose product a term is, but for its coefficient."""
     source = term.get("source")
@@ -123,8 +132,12 @@ def _factors(
         u, s, v = (
             _floats(folder.part(str(_at(_at(parts, role), "entry")))) for role in ("u", "s", "v")
         )
+        if number is not None:
+            u, s, v = u[number], s[number], v[number]
+            filled = s != 0
+            u, s, v = u[:, filled], s[filled], v[filled]
         return u * s, v
-    if _at(product, "a") is None:
+    if _at(product, "a") is None or number is not None:
         return None
     a, b = (
         _floats(folder.handle.tensor(name))
@@ -159,12 +172,3 @@ def _floats(tensor: core.Tensor) -> NDArray[np.float64]:
     else:
         values = np.frombuffer(raw, np.float64)
     return values.reshape(tensor.shape)
-
-
-class _Rest(TypedDict):
-    """What the core says of triplets besides them."""
-
-    rank: int
-    squares: float
-    residual: float
-    floor: float | None

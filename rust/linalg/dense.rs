@@ -46,6 +46,74 @@ pub fn transpose<A: Work, B: Work>(from: &[A], into: &mut [B], rows: usize, colu
     }
 }
 
+/// [`transpose`] by several threads.
+pub(super) fn transpose_shared(threads: usize, from: &[f64], into: &mut [f64], rows: usize, columns: usize) {
+    const SIDE: usize = 64;
+    let slots: Vec<Mutex<&mut [f64]>> = into.chunks_mut(SIDE * rows).map(Mutex::new).collect();
+    share(threads, slots.len(), |i| {
+        let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
+        for r in (0..rows).step_by(SIDE) {
+            let high = SIDE.min(rows - r);
+            for (c, into) in slot.chunks_exact_mut(rows).enumerate() {
+                for (k, o) in into[r..r + high].iter_mut().enumerate() {
+                    *o = from[(r + k) * columns + i * SIDE + c];
+                }
+            }
+        }
+    });
+}
+
+/// Columns of a strip of [`pack`].
+const STRIP: usize = 16;
+/// Rows of [`add_lower`] that a thread takes.
+const STRIPE: usize = 96;
+
+/// Where [`pack`] puts `n` columns of a depth.
+pub(super) fn packed(n: usize, depth: usize) -> Vec<f64> {
+    vec![0.0; n.div_ceil(STRIP) * STRIP * depth]
+}
+
+/// `depth` rows of `n`, times `scale`, in strips of columns that lie together.
+pub(super) fn pack(threads: usize, into: &mut [f64], from: &[f64], n: usize, scale: f64) {
+    let depth = from.len() / n;
+    let slots: Vec<Mutex<&mut [f64]>> =
+        into.chunks_mut(STRIP * depth).take(n.div_ceil(STRIP)).map(Mutex::new).collect();
+    share(threads, slots.len(), |i| {
+        let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
+        let width = STRIP.min(n - i * STRIP);
+        for (into, from) in slot.chunks_exact_mut(STRIP).zip(from.chunks_exact(n)) {
+            into[..width].iter_mut().zip(&from[i * STRIP..]).for_each(|(o, &x)| *o = scale * x);
+        }
+    });
+}
+
+/// `into += a b` on and below the diagonal, for `a` of `n x depth` and a packed `b` of `depth x n`; rows of `into` are `wide` apart.
+pub(super) fn add_lower(
+    level: Level,
+    threads: usize,
+    into: &mut [f64],
+    wide: usize,
+    a: &[f64],
+    b: &[f64],
+    depth: usize,
+) {
+    let n = a.len() / depth;
+    let slots: Vec<Mutex<&mut [f64]>> =
+        into.chunks_mut(STRIPE * wide).take(n.div_ceil(STRIPE)).map(Mutex::new).collect();
+    // The longest stripes first: they are the last ones.
+    share(threads, slots.len(), |i| {
+        let i = slots.len() - 1 - i;
+        let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
+        let rows = STRIPE.min(n - i * STRIPE);
+        let a = &a[i * STRIPE * depth..];
+        for strip in 0..(i * STRIPE + rows).div_ceil(STRIP) {
+            let width = STRIP.min(n - strip * STRIP);
+            let (into, b) = (&mut slot[strip * STRIP..], &b[strip * STRIP * depth..]);
+            dispatch::multiply(level, into, a, b, [wide, depth, STRIP], [rows, depth, width], level.tall());
+        }
+    });
+}
+
 /// `a^T b` for tall `a` (`rows x p`) and `b` (`rows x q`).
 pub fn cross<A: Work, B: Work>(level: Level, threads: usize, a: &[A], p: usize, b: &[B], q: usize) -> Vec<f64> {
     let rows = a.len() / p.max(1);

@@ -5,12 +5,17 @@
 /// Householder reduction and the implicit QL iteration (EISPACK's tred2 and tql2), with the vectors held as rows so that rotations go along memory.
 /// The signs are those of the largest component: positive.
 pub fn symmetric(a: &[f64], n: usize) -> (Vec<f64>, Vec<f64>) {
+    symmetric_until(a, n, &|| false).unwrap_or_default()
+}
+
+/// [`symmetric`] of large matrices: nothing once `stop` says so.
+pub(super) fn symmetric_until(a: &[f64], n: usize, stop: &dyn Fn() -> bool) -> Option<(Vec<f64>, Vec<f64>)> {
     if n == 0 {
-        return (vec![], vec![]);
+        return Some((vec![], vec![]));
     }
     let mut z = a.to_vec();
-    let (mut d, mut e) = reduce(&mut z, n, true);
-    iterate(&mut d, &mut e, Some(&mut z));
+    let (mut d, mut e) = reduce(&mut z, n, true, stop)?;
+    iterate(&mut d, &mut e, Some(&mut z), stop)?;
     let mut order: Vec<usize> = (0..n).collect();
     order.sort_by(|&i, &j| d[j].total_cmp(&d[i]).then(i.cmp(&j)));
     let mut vectors = Vec::with_capacity(n * n);
@@ -19,14 +24,18 @@ pub fn symmetric(a: &[f64], n: usize) -> (Vec<f64>, Vec<f64>) {
         let largest = row.iter().fold(0.0f64, |m, &x| if x.abs() > m.abs() { x } else { m });
         vectors.extend(row.iter().map(|&x| if largest < 0.0 { -x } else { x }));
     }
-    (order.iter().map(|&i| d[i]).collect(), vectors)
+    Some((order.iter().map(|&i| d[i]).collect(), vectors))
 }
 
 /// Eigenvalues alone of a tridiagonal matrix, descending.
-pub fn tridiagonal(mut d: Vec<f64>, mut e: Vec<f64>) -> Vec<f64> {
-    iterate(&mut d, &mut e, None);
+pub fn tridiagonal(d: Vec<f64>, e: Vec<f64>) -> Vec<f64> {
+    tridiagonal_until(d, e, &|| false).unwrap_or_default()
+}
+
+fn tridiagonal_until(mut d: Vec<f64>, mut e: Vec<f64>, stop: &dyn Fn() -> bool) -> Option<Vec<f64>> {
+    iterate(&mut d, &mut e, None, stop)?;
     d.sort_by(|a, b| b.total_cmp(a));
-    d
+    Some(d)
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
@@ -43,11 +52,14 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 
 /// Householder's reduction to a tridiagonal matrix: its diagonal, and below it (`e[0]` is zero). With `vectors`, `z` becomes the transformation, one
 /// column of it a row.
-fn reduce(z: &mut [f64], n: usize, vectors: bool) -> (Vec<f64>, Vec<f64>) {
+fn reduce(z: &mut [f64], n: usize, vectors: bool, stop: &dyn Fn() -> bool) -> Option<(Vec<f64>, Vec<f64>)> {
     let (mut d, mut e) = (vec![0.0; n], vec![0.0; n]);
     let mut reflectors: Vec<Vec<f64>> = vec![vec![]; n];
     let mut p = vec![0.0; n];
     for i in (1..n).rev() {
+        if stop() {
+            return None;
+        }
         let (above, row) = z.split_at_mut(i * n);
         let row = &mut row[..i];
         let scale: f64 = row.iter().map(|x| x.abs()).sum();
@@ -99,6 +111,9 @@ fn reduce(z: &mut [f64], n: usize, vectors: bool) -> (Vec<f64>, Vec<f64>) {
         }
         // Q = H(n-1) ... H(1); rows of z are the columns of Q, and each of them is reflected from the last reflector outward.
         for reflector in &reflectors {
+            if stop() {
+                return None;
+            }
             if reflector.is_empty() {
                 continue;
             }
@@ -111,17 +126,20 @@ fn reduce(z: &mut [f64], n: usize, vectors: bool) -> (Vec<f64>, Vec<f64>) {
             }
         }
     }
-    (d, e)
+    Some((d, e))
 }
 
 /// The implicit QL iteration on a tridiagonal matrix, `e[i]` beside `d[i - 1]` and `d[i]`; rows of `z` are turned along.
-fn iterate(d: &mut [f64], e: &mut [f64], mut z: Option<&mut [f64]>) {
+fn iterate(d: &mut [f64], e: &mut [f64], mut z: Option<&mut [f64]>, stop: &dyn Fn() -> bool) -> Option<()> {
     let n = d.len();
     e.rotate_left(1);
     e[n - 1] = 0.0;
     for l in 0..n {
         // Thirty turns are more than any matrix of floats has been seen to need; the bound keeps hostile numbers from going round for ever.
         for _ in 0..60 {
+            if stop() {
+                return None;
+            }
             let m = (l..n - 1).find(|&m| e[m].abs() <= f64::EPSILON * (d[m].abs() + d[m + 1].abs())).unwrap_or(n - 1);
             if m == l {
                 break;
@@ -166,6 +184,7 @@ fn iterate(d: &mut [f64], e: &mut [f64], mut z: Option<&mut [f64]>) {
             e[m] = 0.0;
         }
     }
+    Some(())
 }
 
 /// Singular values, descending, of a small square matrix, with its left and right vectors as columns: one-sided Jacobi, which finds small
@@ -216,10 +235,11 @@ pub fn jacobi(a: &[f64], n: usize) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     (order.iter().map(|&i| norms[i]).collect(), left, right)
 }
 
-/// Eigenvalues alone of a symmetric matrix, descending.
-pub(super) fn values(mut a: Vec<f64>, n: usize, _level: crate::simd::Level, _threads: usize) -> Vec<f64> {
-    let (d, e) = reduce(&mut a, n, false);
-    tridiagonal(d, e)
+/// Eigenvalues alone of a symmetric matrix, descending; nothing once `stop` says so.
+pub(super) fn values(mut a: Vec<f64>, n: usize, stop: &dyn Fn() -> bool) -> Option<Vec<f64>> {
+    let (d, e) = reduce(&mut a, n, false, stop)?;
+    drop(a);
+    tridiagonal_until(d, e, stop)
 }
 
 #[cfg(test)]

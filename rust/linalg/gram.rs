@@ -2,8 +2,8 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::dense::{add_product, share, transpose};
-use super::eigen::symmetric;
+use super::dense::{add_lower, add_product, pack, packed, share, transpose, transpose_shared};
+use super::eigen::{symmetric_until, values as values_until};
 use super::panel::{self, Scratch};
 use super::rsvd::{Sweep, exactly};
 use super::{Exact, Matrix, Triplets, inverse};
@@ -14,11 +14,9 @@ use crate::stream::Control;
 use crate::{Error, Result};
 
 /// Rows (or columns) of the larger side that are multiplied before sums are joined.
-const DEPTH: usize = 192;
-/// Rows of the Gram matrix that a thread takes.
+const DEPTH: usize = 384;
+/// Rows that are read at a time across the whole depth.
 const STRIPE: usize = 96;
-/// Columns of a packed strip.
-const STRIP: usize = 16;
 
 /// The use of a seed for the first vectors of the iteration.
 const FRESH: u64 = 20;
@@ -37,9 +35,9 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
     let (n, long) = (matrix.small(), matrix.rows.max(matrix.columns));
     let by_rows = matrix.columns <= matrix.rows;
     let threads = sweep.settings.threads();
-    let strips = n.div_ceil(STRIP);
     let mut values = vec![0.0; n * n];
-    let (mut left, mut right) = (vec![0.0; n * DEPTH], vec![0.0; strips * STRIP * DEPTH]);
+    // A piece in both layouts: sides as rows, and as packed columns.
+    let (mut left, mut turned, mut right) = (vec![0.0; n * DEPTH], vec![0.0; n * DEPTH], packed(n, DEPTH));
     let mut squares = 0.0;
     let level = sweep.level;
     sweep.control.expect(matrix.bytes());
@@ -48,7 +46,6 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
             return Err(Error::Cancelled);
         }
         let depth = DEPTH.min(long - from);
-        // Both layouts of the piece: rows of `left` are sides, strips of `right` are packed.
         let error: Mutex<Option<(usize, Error)>> = Mutex::new(None);
         let fail = |at: usize, e: Error| {
             let mut first = error.lock().unwrap_or_else(PoisonError::into_inner);
@@ -57,7 +54,7 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
             }
         };
         if by_rows {
-            let mut piece = vec![0.0; depth * n];
+            let piece = &mut turned[..depth * n];
             let parts = depth.div_ceil(24);
             let sums: Vec<Mutex<f64>> = (0..parts).map(|_| Mutex::new(0.0)).collect();
             {
@@ -78,7 +75,7 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
                 });
             }
             squares += sums.into_iter().map(|s| s.into_inner().unwrap_or_else(PoisonError::into_inner)).sum::<f64>();
-            transpose(&piece, &mut left[..n * depth], depth, n);
+            transpose_shared(threads, piece, &mut left[..n * depth], depth, n);
         } else {
             let slots: Vec<Mutex<&mut [f64]>> = left[..n * depth].chunks_mut(STRIPE * depth).map(Mutex::new).collect();
             share(threads, slots.len(), |i| {
@@ -99,36 +96,13 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
             });
             drop(slots);
             squares += left[..n * depth].chunks(dispatch::MICRO).map(|m| dispatch::dot(level, m, m)).sum::<f64>();
+            transpose_shared(threads, &left[..n * depth], &mut turned[..n * depth], n, depth);
         }
         if let Some((_, e)) = error.into_inner().unwrap_or_else(PoisonError::into_inner) {
             return Err(e);
         }
-        {
-            let slots: Vec<Mutex<&mut [f64]>> =
-                right[..strips * STRIP * depth].chunks_mut(STRIP * depth).map(Mutex::new).collect();
-            share(threads, slots.len(), |i| {
-                let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
-                slot.fill(0.0);
-                for c in 0..STRIP.min(n - i * STRIP) {
-                    let side = &left[(i * STRIP + c) * depth..][..depth];
-                    slot.iter_mut().skip(c).step_by(STRIP).zip(side).for_each(|(o, &x)| *o = x);
-                }
-            });
-        }
-        let slots: Vec<Mutex<&mut [f64]>> = values.chunks_mut(STRIPE * n).map(Mutex::new).collect();
-        // The longest stripes first: they are the last ones.
-        share(threads, slots.len(), |i| {
-            let i = slots.len() - 1 - i;
-            let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
-            let rows = slot.len() / n;
-            let a = &left[i * STRIPE * depth..];
-            for strip in 0..(i * STRIPE + rows).div_ceil(STRIP) {
-                let b = &right[strip * STRIP * depth..];
-                let width = STRIP.min(n - strip * STRIP);
-                let into = &mut slot[strip * STRIP..];
-                dispatch::multiply(level, into, a, b, [n, depth, STRIP], [rows, depth, width], level.tall());
-            }
-        });
+        pack(threads, &mut right, &turned[..n * depth], n, 1.0);
+        add_lower(level, threads, &mut values, n, &left[..n * depth], &right, depth);
         sweep.control.advance((matrix.bytes() as f64 * depth as f64 / long as f64) as u64);
     }
     if !squares.is_finite() {
@@ -142,10 +116,29 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
     Ok(Gram { n, values, squares })
 }
 
+/// Bytes that [`decompose`] and [`spectrum`] hold at most, or with a rank those of [`bottom_exact`].
+pub(super) fn memory(rows: usize, columns: usize, rank: Option<usize>, threads: usize) -> u64 {
+    let (n, long) = (rows.min(columns) as u64, rows.max(columns) as u64);
+    let gathering = 8 * n * (n + 3 * DEPTH as u64);
+    // Vectors of both sides, twice while they are made orthonormal and once more while they are turned; and what reads them.
+    let sides = |r: u64| 8 * r * (3 * long + 2 * n) + threads as u64 * 48 * 16 * n;
+    let solving = match rank {
+        // The matrix, its eigenvectors as rows and as columns, and the reflectors.
+        None => 8 * n * n * 7 / 2,
+        Some(r) => {
+            let (space, whole) = inverse::memory(n as usize, r);
+            // A factor is there until a better one is.
+            8 * n * n + if whole { 8 * n * n * 5 / 2 } else { 2 * 8 * n * n + 8 * n * space }
+        }
+    };
+    let r = rank.map_or(n, |r| inverse::wider(r) as u64);
+    gathering.max(solving).max(sides(r))
+}
+
 /// Every singular value, descending, and the sum of squares.
 pub(super) fn spectrum_of(sweep: &Sweep<'_>) -> Result<(Vec<f64>, f64)> {
     let Gram { n, values, squares } = gather(sweep)?;
-    let values = super::eigen::values(values, n, sweep.level, sweep.settings.threads());
+    let values = values_until(values, n, &|| sweep.control.cancelled()).ok_or(Error::Cancelled)?;
     Ok((values.into_iter().map(|v| v.max(0.0).sqrt()).collect(), squares))
 }
 
@@ -164,7 +157,7 @@ pub fn spectrum(matrix: &Matrix<'_>, settings: &Settings, control: &Control) -> 
 pub fn decompose(matrix: &Matrix<'_>, settings: &Settings, control: &Control) -> Result<Triplets> {
     let sweep = Sweep::new(matrix, settings, control)?;
     let Gram { n, values, squares } = gather(&sweep)?;
-    let (_, vectors) = symmetric(&values, n);
+    let (_, vectors) = symmetric_until(&values, n, &|| control.cancelled()).ok_or(Error::Cancelled)?;
     let mut columns = vec![0.0; n * n];
     transpose(&vectors, &mut columns, n, n);
     Ok(side(&sweep, columns, n, squares)?.round())
@@ -240,7 +233,13 @@ pub fn bottom_exact(matrix: &Matrix<'_>, rank: usize, settings: &Settings, contr
     let Gram { n, values, squares } = gather(&sweep)?;
     let r = rank.min(n);
     let fresh = Philox::new(0, matrix.name, FRESH);
-    let vectors = inverse::smallest(sweep.level, settings.threads(), &values, n, r, fresh, control)?;
+    let (vectors, b) = inverse::smallest(sweep.level, settings.threads(), &values, n, r, fresh, control)?;
     drop(values);
-    side(&sweep, vectors, r, squares)
+    // The singular values of the matrix itself on that span: squares of them would have lost what is small beside the first.
+    let mut found = side(&sweep, vectors, b, squares)?;
+    let last = |x: &[f64]| x.chunks_exact(b).flat_map(|row| &row[b - r..]).copied().collect();
+    found.u = last(&found.u);
+    found.v = last(&found.v);
+    found.s.drain(..b - r);
+    Ok(found)
 }

@@ -5,8 +5,10 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::dense::{add_product, cholesky, cross, invert_triangle, orthonormalise, share, transpose};
-use super::eigen::symmetric;
+use super::dense::{
+    add_lower, add_product, cholesky, cross, invert_triangle, orthonormalise, pack, packed, share, transpose,
+};
+use super::eigen::{symmetric, symmetric_until};
 use crate::philox::Philox;
 use crate::simd::{Level, dispatch};
 use crate::stream::Control;
@@ -14,10 +16,14 @@ use crate::{Error, Result};
 
 /// Rows of a block of the factorisation.
 const NB: usize = 96;
-/// Columns that are solved together, and of a packed strip.
+/// Columns of a packed strip.
 const STRIP: usize = 16;
-/// Blocks of the Krylov space before it starts again from what it found.
-const LONGEST: usize = 24;
+/// Blocks of the Krylov space before it starts again from what it found: a longer one pays more for its own small eigenproblem.
+const LENGTH: usize = 6;
+/// Cycles before the whole problem is solved instead.
+const CYCLES: usize = 24;
+/// The angle at which a vector lies in the span.
+const CLOSE: f64 = 1e-11;
 
 /// `a - shift = l l^T`: `l` below the diagonal, `l^T` above it, and of the blocks on the diagonal the inverses.
 struct Factor {
@@ -28,18 +34,21 @@ struct Factor {
 
 impl Factor {
     /// Nothing if the shifted matrix is not positive.
-    fn new(level: Level, threads: usize, a: &[f64], n: usize, shift: f64) -> Option<Self> {
+    fn new(level: Level, threads: usize, a: &[f64], n: usize, shift: f64, control: &Control) -> Result<Option<Self>> {
         let mut both = a.to_vec();
         (0..n).for_each(|i| both[i * n + i] -= shift);
         let mut inverses = Vec::with_capacity(n.div_ceil(NB));
         for from in (0..n).step_by(NB) {
+            if control.cancelled() {
+                return Err(Error::Cancelled);
+            }
             let size = NB.min(n - from);
             let mut block = vec![0.0; size * size];
             for i in 0..size {
                 block[i * size..(i + 1) * size].copy_from_slice(&both[(from + i) * n + from..][..size]);
             }
             // `r` is the transposed factor; the inverse of the factor itself is the transposed inverse of `r`.
-            let r = cholesky(&block, size, 1e-15)?;
+            let Some(r) = cholesky(&block, size, 1e-15) else { return Ok(None) };
             let upper = invert_triangle(&r, size);
             let mut inverse = vec![0.0; size * size];
             transpose(&upper, &mut inverse, size, size);
@@ -56,116 +65,102 @@ impl Factor {
                     dispatch::multiply(level, &mut slot, a, &upper, [size, n, size], [rows, size, size], level.tall());
                 });
                 drop(slots);
-                let strips = rest.div_ceil(STRIP);
-                let mut packed = vec![0.0; strips * STRIP * size];
-                for (i, row) in column.chunks_exact(size).enumerate() {
-                    let strip = &mut packed[i / STRIP * STRIP * size..];
-                    strip.iter_mut().skip(i % STRIP).step_by(STRIP).zip(row).for_each(|(o, &x)| *o = -x);
-                }
+                let mut across = vec![0.0; rest * size];
+                transpose(&column, &mut across, rest, size);
+                let mut strips = packed(rest, size);
+                pack(threads, &mut strips, &across, rest, -1.0);
                 let (above, under) = both.split_at_mut(below * n);
-                for (i, row) in column.chunks_exact(size).enumerate() {
-                    under[i * n + from..][..size].copy_from_slice(row);
-                    for (k, &x) in row.iter().enumerate() {
-                        above[(from + k) * n + below + i] = x;
-                    }
+                for (k, row) in across.chunks_exact(rest).enumerate() {
+                    above[(from + k) * n + below..][..rest].copy_from_slice(row);
                 }
-                let slots: Vec<Mutex<&mut [f64]>> = under.chunks_mut(NB * n).map(Mutex::new).collect();
-                share(threads, slots.len(), |i| {
-                    let i = slots.len() - 1 - i;
-                    let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
-                    let rows = slot.len() / n;
-                    for strip in 0..(i * NB + rows).div_ceil(STRIP) {
-                        let width = STRIP.min(rest - strip * STRIP);
-                        let into = &mut slot[below + strip * STRIP..];
-                        let (a, b) = (&column[i * NB * size..], &packed[strip * STRIP * size..]);
-                        dispatch::multiply(level, into, a, b, [n, size, STRIP], [rows, size, width], level.tall());
-                    }
-                });
+                for (row, under) in column.chunks_exact(size).zip(under.chunks_exact_mut(n)) {
+                    under[from..][..size].copy_from_slice(row);
+                }
+                add_lower(level, threads, &mut under[below..], n, &column, &strips, size);
             }
             inverses.push(inverse);
         }
-        Some(Self { n, both, inverses })
+        Ok(Some(Self { n, both, inverses }))
     }
 
-    /// `(a - shift)^-1 x` for `n x b`, strips of columns apart.
+    /// `(a - shift)^-1 x` for `n x b`, some columns apart.
     fn solve(&self, level: Level, threads: usize, x: &[f64], b: usize) -> Vec<f64> {
         let n = self.n;
-        let strips: Vec<Mutex<Vec<f64>>> = (0..b.div_ceil(STRIP))
-            .map(|s| {
-                let width = STRIP.min(b - s * STRIP);
-                let mut strip = vec![0.0; n * STRIP];
-                for (into, from) in strip.chunks_exact_mut(STRIP).zip(x.chunks_exact(b)) {
-                    into[..width].copy_from_slice(&from[s * STRIP..][..width]);
-                }
-                Mutex::new(strip)
+        // As many columns together as leave work for every thread: the factor is read once for all of them.
+        let wide = b.div_ceil(threads.max(1)).next_multiple_of(STRIP);
+        let strips: Vec<Mutex<Vec<f64>>> = (0..b)
+            .step_by(wide)
+            .map(|from| {
+                let width = wide.min(b - from);
+                Mutex::new(x.chunks_exact(b).flat_map(|row| &row[from..from + width]).copied().collect())
             })
             .collect();
         share(threads, strips.len(), |s| {
             let mut y = strips[s].lock().unwrap_or_else(PoisonError::into_inner);
+            let width = y.len() / n;
             for (i, inverse) in self.inverses.iter().enumerate() {
-                self.step(level, &mut y, i, inverse, 0..i * NB, false);
+                self.step(level, &mut y, width, i, inverse, 0..i * NB);
             }
             for (i, inverse) in self.inverses.iter().enumerate().rev() {
-                self.step(level, &mut y, i, inverse, ((i + 1) * NB).min(n)..n, true);
+                let size = inverse.len().isqrt();
+                let mut across = vec![0.0; size * size];
+                transpose(inverse, &mut across, size, size);
+                self.step(level, &mut y, width, i, &across, i * NB + size..n);
             }
         });
         let mut out = vec![0.0; n * b];
         for (s, strip) in strips.into_iter().enumerate() {
             let strip = strip.into_inner().unwrap_or_else(PoisonError::into_inner);
-            let width = STRIP.min(b - s * STRIP);
-            for (into, from) in out.chunks_exact_mut(b).zip(strip.chunks_exact(STRIP)) {
-                into[s * STRIP..][..width].copy_from_slice(&from[..width]);
+            let width = strip.len() / n;
+            for (into, from) in out.chunks_exact_mut(b).zip(strip.chunks_exact(width)) {
+                into[s * wide..][..width].copy_from_slice(from);
             }
         }
         out
     }
 
     /// One block of a substitution: what the solved rows take from it, then the block on the diagonal.
-    fn step(
-        &self,
-        level: Level,
-        y: &mut [f64],
-        i: usize,
-        inverse: &[f64],
-        solved: std::ops::Range<usize>,
-        turned: bool,
-    ) {
+    fn step(&self, level: Level, y: &mut [f64], width: usize, i: usize, by: &[f64], solved: std::ops::Range<usize>) {
         const RUN: usize = 256;
         let (n, from) = (self.n, i * NB);
         let size = NB.min(n - from);
-        let mut sums = vec![0.0; size * STRIP];
+        let mut sums = vec![0.0; size * width];
         for k in solved.clone().step_by(RUN) {
             let depth = RUN.min(solved.end - k);
-            let a = &self.both[from * n + k..];
-            let b = &y[k * STRIP..];
-            dispatch::multiply(level, &mut sums, a, b, [STRIP, n, STRIP], [size, depth, STRIP], level.tall());
+            let (a, b) = (&self.both[from * n + k..], &y[k * width..]);
+            dispatch::multiply(level, &mut sums, a, b, [width, n, width], [size, depth, width], level.tall());
         }
-        let block = &mut y[from * STRIP..(from + size) * STRIP];
+        let block = &mut y[from * width..(from + size) * width];
         for (s, y) in sums.iter_mut().zip(&*block) {
             *s = *y - *s;
         }
         block.fill(0.0);
-        let mut across;
-        let by = if turned {
-            across = vec![0.0; size * size];
-            transpose(inverse, &mut across, size, size);
-            &across
-        } else {
-            inverse
-        };
-        dispatch::multiply(level, block, by, &sums, [STRIP, size, STRIP], [size, size, STRIP], level.tall());
+        dispatch::multiply(level, block, by, &sums, [width, size, width], [size, size, width], level.tall());
     }
 }
 
-/// What a run of the iteration found: eigenvalues of the inverse, descending, their vectors as columns, and the norms of their residuals.
+/// What a cycle of the iteration found: the largest eigenvalues of the inverse, descending, their vectors as columns, and of each wanted one how far
+/// its image leaves the span of all of them.
 struct Found {
     values: Vec<f64>,
     vectors: Vec<f64>,
-    residuals: Vec<f64>,
-    count: usize,
+    leaks: Vec<f64>,
 }
 
-/// Vectors of the `r` smallest eigenvalues, as columns (`n x r`), the smallest last.
+/// How many vectors are looked for where `r` are wanted.
+pub(super) fn wider(r: usize) -> usize {
+    (r + r.clamp(16, 64)).next_multiple_of(STRIP)
+}
+
+/// How many vectors a cycle holds, and whether the whole problem is solved instead: there is no room for a space that converges, or it is small.
+pub(super) fn memory(n: usize, r: usize) -> (u64, bool) {
+    let b = wider(r.max(1));
+    // Both of each block, what is found, and copies that are made orthonormal and solved for.
+    ((2 * LENGTH * b + 7 * b) as u64, n < (LENGTH + 2) * b || n < 640)
+}
+
+/// Vectors whose span has those of the `r` smallest eigenvalues, as orthonormal columns, and how many they are: more than `r`, because what
+/// lies next to the span decides how exactly the matrix itself tells them apart.
 ///
 /// # Errors
 /// [`Error::Cancelled`].
@@ -177,81 +172,80 @@ pub(super) fn smallest(
     r: usize,
     fresh: Philox,
     control: &Control,
-) -> Result<Vec<f64>> {
-    let b = (r + r / 2).next_multiple_of(STRIP);
+) -> Result<(Vec<f64>, usize)> {
+    let r = r.max(1);
+    let b = wider(r);
     let whole = |a: &[f64]| {
-        let (_, vectors) = symmetric(a, n);
-        let mut columns = vec![0.0; n * r];
-        transpose(&vectors[(n - r) * n..], &mut columns, r, n);
-        columns
+        let (_, vectors) = symmetric_until(a, n, &|| control.cancelled()).ok_or(Error::Cancelled)?;
+        let b = b.min(n);
+        let mut columns = vec![0.0; n * b];
+        transpose(&vectors[(n - b) * n..], &mut columns, b, n);
+        Ok((columns, b))
     };
-    // Room for a space that converges; else the whole problem is small.
-    if n < 10 * b || n < 640 {
-        return Ok(whole(a));
+    if memory(n, r).1 {
+        return whole(a);
     }
     let trace: f64 = (0..n).map(|i| a[i * n + i]).sum();
-    // Eigenvalues below what rounding makes of zero cannot be told from it.
-    let mut shift = -1e-14 * trace;
-    let mut start = vec![0.0; n * b];
-    dispatch::normal(level, &mut start, fresh, 0, 1.0);
+    // Far enough below zero that rounding makes no pivot negative, and no eigenvalue of the inverse so large that it blurs the others.
+    let mut shift = -1e-12 * trace;
+    let mut block = vec![0.0; n * b];
+    dispatch::normal(level, &mut block, fresh, 0, 1.0);
     let mut factor = None;
     for _ in 0..6 {
-        factor = Factor::new(level, threads, a, n, shift);
+        factor = Factor::new(level, threads, a, n, shift, control)?;
         if factor.is_some() {
             break;
         }
         shift *= 16.0;
     }
-    let Some(mut factor) = factor else { return Ok(whole(a)) };
-    for moved in 0..8 {
-        // The first look is short: it says where to put the shift.
-        let length = if moved == 0 { 3 } else { LONGEST.min(n / (2 * b)) };
-        let found = iterate(level, threads, &factor, &start, b, r, length, fresh, control)?;
+    let Some(mut factor) = factor else { return whole(a) };
+    // The angle after the last cycle, and what a block takes from its logarithm.
+    let (mut last, mut pace) = (1.0, -0.1);
+    for cycle in 0..CYCLES {
+        // The first one is short: it says where to put the shift. So is the last one, which has little left to do.
+        let wanted = ((CLOSE / last).ln() / pace).ceil().clamp(2.0, LENGTH as f64);
+        let length = if cycle == 0 { LENGTH / 2 } else { wanted as usize };
+        let found = iterate(level, threads, &factor, block, b, r, length, fresh, control)?;
         let at = |i: usize| shift + 1.0 / found.values[i];
-        // Close enough that neighbours outside do not turn the vectors, as far as f64 can tell.
-        let gap = found.values[r - 1] - found.values[r];
-        let worst = found.residuals[..r].iter().fold(0.0f64, |m, &x| m.max(x));
-        let least = 4.0 * f64::EPSILON * found.values[0];
-        let done = worst <= (1e-12 * gap).max(least);
-        if done || (moved > 1 && found.residuals[..r].iter().all(|&x| x <= 1e-9 * gap)) {
-            let mut out = vec![0.0; n * r];
-            for (into, from) in out.chunks_exact_mut(r).zip(found.vectors.chunks_exact(found.count)) {
-                into.iter_mut().zip(from[..r].iter().rev()).for_each(|(o, &x)| *o = x);
-            }
-            return Ok(out);
+        // The angle between a wanted vector and the span.
+        let gap = found.values[r - 1] - found.values[b - 1];
+        let worst = found.leaks.iter().fold(0.0f64, |m, &x| m.max(x)) / gap;
+        // Rounding may leave it at a little more.
+        if worst <= CLOSE || (worst <= 1e2 * CLOSE && worst > 0.3 * last) {
+            return Ok((found.vectors, b));
         }
+        pace = ((worst / last).ln() / length as f64).min(-0.1);
+        last = worst;
         let spread = at(r - 1) - at(0);
-        start = vec![0.0; n * b];
-        for (into, from) in start.chunks_exact_mut(b).zip(found.vectors.chunks_exact(found.count)) {
-            into.copy_from_slice(&from[..b]);
-        }
+        block = found.vectors;
         // Where eigenvalues crowd together away from zero, a shift close below them pulls their inverses apart.
-        if moved == 0 && at(0) - shift > 0.5 * spread {
+        if cycle == 0 && at(0) - shift > 0.5 * spread {
             let mut below = 0.25;
             for _ in 0..5 {
                 let next = at(0) - below * spread;
                 if next <= shift {
                     break;
                 }
-                if let Some(better) = Factor::new(level, threads, a, n, next) {
+                if let Some(better) = Factor::new(level, threads, a, n, next, control)? {
                     factor = better;
                     shift = next;
+                    (last, pace) = (1.0, -0.1);
                     break;
                 }
                 below *= 2.5;
             }
         }
     }
-    Ok(whole(a))
+    whole(a)
 }
 
-/// The block Lanczos iteration with full orthogonalisation, `length` blocks at most; it stops when the first `r` vectors are as exact as they get.
+/// One cycle of block Lanczos with full orthogonalisation: the space of `length` blocks of `b`, and of it the `b` vectors of the largest eigenvalues.
 #[allow(clippy::too_many_arguments, reason = "an iteration is what it starts from and how it ends")]
 fn iterate(
     level: Level,
     threads: usize,
     factor: &Factor,
-    start: &[f64],
+    start: Vec<f64>,
     b: usize,
     r: usize,
     length: usize,
@@ -260,8 +254,9 @@ fn iterate(
 ) -> Result<Found> {
     let n = factor.n;
     let (mut v, mut w): (Vec<Vec<f64>>, Vec<Vec<f64>>) = (vec![], vec![]);
-    let mut block = start.to_vec();
-    let mut t: Vec<f64> = vec![];
+    let mut block = start;
+    let k = b * length;
+    let mut t = vec![0.0; k * k];
     for i in 0..length {
         if control.cancelled() {
             return Err(Error::Cancelled);
@@ -269,52 +264,35 @@ fn iterate(
         orthonormalise(level, threads, &mut block, b, &v, fresh);
         let solved = factor.solve(level, threads, &block, b);
         v.push(block);
-        w.push(solved);
-        let k = b * (i + 1);
-        // One more block of rows and columns of v^T w.
-        let mut grown = vec![0.0; k * k];
-        for (into, from) in grown.chunks_exact_mut(k).zip(t.chunks_exact((k - b).max(1))) {
-            into[..k - b].copy_from_slice(from);
-        }
         for (j, v) in v.iter().enumerate() {
-            let c = cross(level, threads, v, b, &w[i], b);
+            let c = cross(level, threads, v, b, &solved, b);
             for x in 0..b {
                 for y in 0..b {
                     let both = (j * b + x, i * b + y);
-                    grown[both.0 * k + both.1] = c[x * b + y];
-                    grown[both.1 * k + both.0] = c[x * b + y];
+                    t[both.0 * k + both.1] = c[x * b + y];
+                    t[both.1 * k + both.0] = c[x * b + y];
                 }
             }
         }
-        t = grown;
-        let last = i + 1 == length;
-        // The eigenproblem of the whole space grows with it: not at every step.
-        if !last && (i < 5 || i % 3 != 2) {
-            block = w[i].clone();
-            continue;
-        }
-        let (values, vectors) = symmetric(&t, k);
-        let count = b.min(k);
-        let mut x = vec![0.0; k * count];
-        transpose(&vectors[..count * k], &mut x, count, k);
-        let (mut ritz, mut image) = (vec![0.0; n * count], vec![0.0; n * count]);
-        for (j, (v, w)) in v.iter().zip(&w).enumerate() {
-            add_product(level, threads, &mut ritz, v, b, &x[j * b * count..(j + 1) * b * count], count);
-            add_product(level, threads, &mut image, w, b, &x[j * b * count..(j + 1) * b * count], count);
-        }
-        let mut squares = vec![0.0; count];
-        for (ritz, image) in ritz.chunks_exact(count).zip(image.chunks_exact(count)) {
-            for (((s, &value), &x), &y) in squares.iter_mut().zip(&values).zip(ritz).zip(image) {
-                *s += (y - value * x) * (y - value * x);
-            }
-        }
-        let residuals: Vec<f64> = squares.iter().map(|s| s.sqrt()).collect();
-        let gap = values[r - 1] - values[r];
-        let worst = residuals[..r].iter().fold(0.0f64, |m, &x| m.max(x));
-        if last || worst <= (1e-12 * gap).max(4.0 * f64::EPSILON * values[0]) {
-            return Ok(Found { values, vectors: ritz, residuals, count });
-        }
-        block = w[i].clone();
+        block = solved.clone();
+        w.push(solved);
     }
-    Err(Error::Usage("no length".into()))
+    let (mut values, vectors) = symmetric(&t, k);
+    values.truncate(b);
+    let mut x = vec![0.0; k * b];
+    transpose(&vectors[..b * k], &mut x, b, k);
+    let (mut ritz, mut image) = (vec![0.0; n * b], vec![0.0; n * b]);
+    for ((v, w), x) in v.iter().zip(&w).zip(x.chunks_exact(b * b)) {
+        add_product(level, threads, &mut ritz, v, b, x, b);
+        add_product(level, threads, &mut image, w, b, x, b);
+    }
+    let mut inside = cross(level, threads, &ritz, b, &image, b);
+    inside.iter_mut().for_each(|x| *x = -*x);
+    add_product(level, threads, &mut image, &ritz, b, &inside, b);
+    let mut leaks = vec![0.0; r];
+    for row in image.chunks_exact(b) {
+        leaks.iter_mut().zip(row).for_each(|(s, x)| *s += x * x);
+    }
+    leaks.iter_mut().for_each(|s| *s = s.sqrt());
+    Ok(Found { values, vectors: ritz, leaks })
 }

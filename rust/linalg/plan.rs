@@ -96,6 +96,29 @@ impl MatrixPlan {
     }
 }
 
+/// Triplets of a matrix of so many rows and columns.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MemoryPlan {
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub columns: usize,
+    /// How many.
+    pub rank: Rank,
+    /// Which.
+    pub which: Which,
+    /// How to run.
+    pub settings: Settings,
+}
+
+/// Bytes of anonymous memory that [`svd`] takes beside what the process has: with a rule instead of a number, at least and at most.
+pub fn memory(plan: &MemoryPlan) -> [u64; 2] {
+    match (plan.which, plan.rank) {
+        (Which::Bottom, Rank::Fixed(r)) => [gram::memory(plan.rows, plan.columns, Some(r), plan.settings.threads()); 2],
+        (_, rank) => rsvd::memory(plan.rows, plan.columns, rank, &plan.settings),
+    }
+}
+
 /// The triplets that a plan asks for, and the matrix's rows and columns.
 ///
 /// # Errors

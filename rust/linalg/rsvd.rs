@@ -34,6 +34,8 @@ const STEP: usize = 16;
 const RUN: usize = 256;
 /// Elements of a panel, about: it stays in the second-level cache between its two products.
 const PANEL: usize = 3 << 16;
+/// Bytes that reading takes a worker, about.
+const SCRATCH: u64 = 1 << 20;
 /// Sums over rows go in at most so many parts.
 const SEGMENTS: usize = 32;
 /// Singular values below this share of the first are not read off squares.
@@ -55,8 +57,12 @@ pub(super) struct Cut {
 }
 
 impl Cut {
+    fn height(columns: usize) -> usize {
+        (PANEL / columns / 12).clamp(2, 20) * 12
+    }
+
     pub(super) fn new(matrix: &Matrix<'_>) -> Self {
-        let height = (PANEL / matrix.columns / 12).clamp(2, 20) * 12;
+        let height = Self::height(matrix.columns);
         let panels = matrix.rows.div_ceil(height);
         let per_segment = panels.div_ceil(SEGMENTS);
         Self { height, per_segment, segments: panels.div_ceil(per_segment) }
@@ -101,7 +107,6 @@ impl<'a> Sweep<'a> {
         let parts: Vec<Mutex<&mut [f32]>> = y.chunks_mut(cut.per_segment * cut.height * b).map(Mutex::new).collect();
         let total = Mutex::new((vec![0.0f64; b * n], 0.0f64));
         let turn = Turn::default();
-        self.control.expect(self.matrix.bytes());
         let share = self.matrix.bytes() / cut.segments as u64;
         let segment = |worker: &mut Worker, number: usize| -> Result<()> {
             let mut y = parts[number].lock().unwrap_or_else(PoisonError::into_inner);
@@ -165,6 +170,8 @@ impl<'a> Sweep<'a> {
         dispatch::normal(level, &mut block, Philox::new(seed, name, TEST), 0, 1.0);
         let mut space = Space { v: vec![], w: vec![], y: vec![], b, squares: 0.0 };
         let depth = depth(self.matrix.small());
+        // All at once: a bar that is told one sweep at a time goes back at every one.
+        self.control.expect(self.matrix.bytes() * depth as u64);
         for i in 0..depth {
             orthonormalise(level, threads, &mut block, b, &space.v, fresh);
             let single: Vec<f32> = block.iter().map(|&x| x as f32).collect();
@@ -292,6 +299,40 @@ pub fn top(matrix: &Matrix<'_>, rank: Rank, seed: u64, settings: &Settings, cont
     }
 }
 
+/// Bytes of anonymous memory that [`top`] holds at most: for a number of triplets, and for a rule from what few of them take to what all do.
+pub fn memory(rows: usize, columns: usize, rank: Rank, settings: &Settings) -> [u64; 2] {
+    let small = rows.min(columns);
+    let whole = gram::memory(rows, columns, None, settings.threads());
+    let of = |r: usize, b: usize| {
+        if 2 * b * depth(small) > small { whole } else { krylov_memory(rows, columns, b, r, settings) }
+    };
+    match rank {
+        Rank::Fixed(r) => [of(r.min(small), r.min(small).div_ceil(2).next_multiple_of(STEP)); 2],
+        _ => {
+            let least = of(STEP, STEP);
+            [least, whole.max(least)]
+        }
+    }
+}
+
+/// Bytes for `r` triplets from blocks of `b` vectors.
+fn krylov_memory(rows: usize, columns: usize, b: usize, r: usize, settings: &Settings) -> u64 {
+    let blocks = depth(rows.min(columns));
+    let [m, n, b, r, k] = [rows, columns, b, r, b * blocks].map(|x| x as u64);
+    let height = Cut::height(columns) as u64;
+    let sweep = |b: u64| {
+        let held = 4 * (n * (height + b) + 2 * height * b);
+        let threads = (settings.threads() as u64).min((settings.memory_budget / held).max(1));
+        threads * (held + SCRATCH) + 8 * n * b
+    };
+    let space = k * (16 * n + 4 * m);
+    let finish = 8 * r * (3 * m.max(n) + m.min(n));
+    let krylov = space + finish.max(sweep(b) + 28 * n * b);
+    // One more sweep, should small values be wanted: the left vectors made orthonormal, then with what the matrix makes of them.
+    let refined = space + 4 * m * k + (8 * m * k + 16 * m * b).max(sweep(k) + 8 * n * k).max(8 * n * k + finish);
+    krylov.max(refined)
+}
+
 /// How many values a rule takes; nothing if there are not enough of them to say.
 fn choose(rank: Rank, values: &[f64], squares: f64, floor: Option<f64>) -> Option<usize> {
     let holding = |share: f64| {
@@ -392,6 +433,7 @@ impl Space {
             }
         }
         drop(q);
+        sweep.control.expect(sweep.matrix.bytes());
         let (w, squares) = sweep.products(&[], &mut single, k)?;
         let mut turned = vec![0.0; columns * k];
         transpose(&w, &mut turned, k, columns);

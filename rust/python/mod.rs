@@ -188,6 +188,14 @@ mod _reasonvec {
         ))
     }
 
+    /// Bytes of anonymous memory that `svd` takes at least and at most, of a shape and a rank.
+    #[pyfunction]
+    #[pyo3(signature = (plan))]
+    fn svd_memory(py: Python<'_>, plan: &str) -> PyResult<(u64, u64)> {
+        let [least, most] = linalg::plan::memory(&parse(py, plan)?);
+        Ok((least, most))
+    }
+
     /// Singular triplets, as `svd` gives them, of a product of thin factors: u is rows x k and v
     /// columns x k, both F32 as bytes. `rank` is that of an svd plan, but for the noise floor.
     #[pyfunction]

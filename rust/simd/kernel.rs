@@ -379,89 +379,96 @@ pub fn agreement<W: Work>(a: &[W], b: &[W]) -> (u64, u64) {
     (u64::from(both), u64::from(agree))
 }
 
-/// Columns of a register tile of a product.
-const ACROSS: usize = 16;
-
 /// `into[i][..columns] += sum over k of a[i][k] * b[k][..columns]` for the rows, the depth and the columns of a size. Rows of `into`, `a` and `b` are
-/// `strides` apart. Every element's products are added in the order of `k`, then to what was there: the same bits whatever `tall`,
-/// the rows of a register tile, is.
+/// `strides` apart. Every element's products are added in the order of `k`, then to what was there: the same bits whatever the
+/// register tile is, which `tall` chooses.
 #[inline(always)]
-pub fn multiply<W: Work>(
+pub fn multiply<W: Work>(into: &mut [W], a: &[W], b: &[W], strides: [usize; 3], size: [usize; 3], tall: usize) {
+    // Tiles that leave every sum in a register, measured; wider ones are slower even where registers are left over.
+    match (size_of::<W>() > 4, tall) {
+        (true, 12..) => tiles::<W, 12, 8>(into, a, b, strides, size),
+        (true, 6..) => tiles::<W, 4, 8>(into, a, b, strides, size),
+        (true, _) => tiles::<W, 2, 8>(into, a, b, strides, size),
+        (false, 12..) => tiles::<W, 12, 16>(into, a, b, strides, size),
+        (false, 6..) => tiles::<W, 4, 16>(into, a, b, strides, size),
+        (false, _) => tiles::<W, 2, 8>(into, a, b, strides, size),
+    }
+}
+
+/// [`multiply`] in tiles of `R` rows and `C` columns, and smaller ones at the edges.
+#[inline(always)]
+fn tiles<W: Work, const R: usize, const C: usize>(
     into: &mut [W],
     a: &[W],
     b: &[W],
     strides: [usize; 3],
     [rows, depth, columns]: [usize; 3],
-    tall: usize,
 ) {
     if depth == 0 {
         return;
     }
-    let whole = columns - columns % ACROSS;
-    for j in (0..whole).step_by(ACROSS) {
+    let whole = columns - columns % C;
+    for j in (0..whole).step_by(C) {
         let b = &b[j..];
         let mut i = 0;
         while i < rows {
             let (into, a) = (&mut into[i * strides[0] + j..], &a[i * strides[1]..]);
-            i += match (rows - i).min(tall) {
-                12.. => product_12(into, a, b, strides, depth),
-                8..12 => product_8(into, a, b, strides, depth),
-                6..8 => product_6(into, a, b, strides, depth),
-                4..6 => product_4(into, a, b, strides, depth),
-                2..4 => product_2(into, a, b, strides, depth),
-                _ => product_1(into, a, b, strides, depth),
+            i += match rows - i {
+                left if left >= R => tile::<W, R, C>(into, a, b, strides, depth),
+                4.. => tile::<W, 4, C>(into, a, b, strides, depth),
+                2.. => tile::<W, 2, C>(into, a, b, strides, depth),
+                _ => tile::<W, 1, C>(into, a, b, strides, depth),
             };
         }
     }
     if whole < columns {
+        let width = columns - whole;
         for i in 0..rows {
-            let mut sums = [W::ZERO; ACROSS];
-            let sums = &mut sums[..columns - whole];
-            for (k, &a) in a[i * strides[1]..i * strides[1] + depth].iter().enumerate() {
-                for (s, &b) in sums.iter_mut().zip(&b[k * strides[2] + whole..k * strides[2] + columns]) {
+            let mut sums = [W::ZERO; C];
+            let sums = &mut sums[..width];
+            for (k, &a) in a[i * strides[1]..][..depth].iter().enumerate() {
+                for (s, &b) in sums.iter_mut().zip(&b[k * strides[2] + whole..][..width]) {
                     *s = *s + a * b;
                 }
             }
-            for (o, &s) in into[i * strides[0] + whole..i * strides[0] + columns].iter_mut().zip(&*sums) {
+            for (o, &s) in into[i * strides[0] + whole..][..width].iter_mut().zip(&*sums) {
                 *o = *o + s;
             }
         }
     }
 }
 
-/// A register tile of [`multiply`], with a name for every row: of arrays of rows compilers keep the sums in memory.
-macro_rules! product {
-    ($name:ident: $($row:ident $sum:ident $r:literal),*) => {
-        #[inline(always)]
-        fn $name<W: Work>(into: &mut [W], a: &[W], b: &[W], strides: [usize; 3], depth: usize) -> usize {
-            let [wide, deep, under] = strides;
-            $(let $row = &a[$r * deep..][..depth]; let mut $sum = [W::ZERO; ACROSS];)*
-            let b = &b[..(depth - 1) * under + ACROSS];
-            for k in 0..depth {
-                let b = &b[k * under..][..ACROSS];
-                $(
-                    let a = $row[k];
-                    for (s, &b) in $sum.iter_mut().zip(b) {
-                        *s = *s + a * b;
-                    }
-                )*
+/// A register tile of [`multiply`]. Bounds that are constants, and no iterator over lanes: otherwise compilers keep sums in memory or take a lane apart.
+#[inline(always)]
+fn tile<W: Work, const R: usize, const C: usize>(
+    into: &mut [W],
+    a: &[W],
+    b: &[W],
+    [wide, deep, under]: [usize; 3],
+    depth: usize,
+) -> usize {
+    let rows: [&[W]; R] = std::array::from_fn(|r| &a[r * deep..][..depth]);
+    let b = &b[..(depth - 1) * under + C];
+    let mut sums = [[W::ZERO; C]; R];
+    for k in 0..depth {
+        // A copy, which stays in registers.
+        let mut lanes = [W::ZERO; C];
+        lanes.copy_from_slice(&b[k * under..][..C]);
+        for r in 0..R {
+            let a = rows[r][k];
+            for c in 0..C {
+                sums[r][c] = sums[r][c] + a * lanes[c];
             }
-            $(
-                for (o, &s) in into[$r * wide..][..ACROSS].iter_mut().zip(&$sum) {
-                    *o = *o + s;
-                }
-            )*
-            [$($r),*].len()
         }
-    };
+    }
+    for r in 0..R {
+        let into = &mut into[r * wide..][..C];
+        for c in 0..C {
+            into[c] = into[c] + sums[r][c];
+        }
+    }
+    R
 }
-
-product!(product_1: a0 s0 0);
-product!(product_2: a0 s0 0, a1 s1 1);
-product!(product_4: a0 s0 0, a1 s1 1, a2 s2 2, a3 s3 3);
-product!(product_6: a0 s0 0, a1 s1 1, a2 s2 2, a3 s3 3, a4 s4 4, a5 s5 5);
-product!(product_8: a0 s0 0, a1 s1 1, a2 s2 2, a3 s3 3, a4 s4 4, a5 s5 5, a6 s6 6, a7 s7 7);
-product!(product_12: a0 s0 0, a1 s1 1, a2 s2 2, a3 s3 3, a4 s4 4, a5 s5 5, a6 s6 6, a7 s7 7, a8 s8 8, a9 s9 9, a10 s10 10, a11 s11 11);
 
 /// Turns the sign of every element whose bit of the generator is set: element `i` has bit `i % 32` of word `i / 32 % 4` at counter `i / 128`.
 #[inline(always)]

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::encode::{Codec, Packed};
 use super::format::{Encoding, Part, Row, STEM};
-use super::lowrank::ROLES;
+use super::lowrank::{ROLES, rank};
 use crate::bf16::{Bf16, Element};
 use crate::dtype::Dtype;
 use crate::store::digest::Stream;
@@ -273,7 +273,7 @@ impl<'a> Assembly<'a> {
                 let digest = copy_part(shard, view, algorithm)?;
                 put(shard, role, view.dtype(), view.entry.shape.clone(), digest);
             }
-            row.rank = factors.get(1).map(TensorView::elements);
+            row.rank = factors.get(1).map(rank);
         } else {
             row.encoding = Encoding::Sparse;
             put(shard, "bitmap", Dtype::U8, vec![c.bitmap_len], c.bitmap.finish());

@@ -1,4 +1,4 @@
-//! The low-rank encoding: `u`, `s` and `v` of a matrix that is `u @ diag(s) @ v`, never multiplied out on disk.
+//! The low-rank encoding: `u`, `s` and `v` of a matrix that is `u @ diag(s) @ v`, or of each matrix of a stack, never multiplied out on disk.
 //!
 //! `s` stands by itself, in f64: a spectrum can be read without the factors, a rank cut without arithmetic, and the factors of a LoRA are kept bit
 //! for bit, with its scale as every weight.
@@ -13,20 +13,25 @@ use crate::{Error, Result};
 /// The parts, in the order of their bytes.
 pub const ROLES: [&str; 3] = ["u", "s", "v"];
 
-/// A product from its parts as they are stored: `u` of [rows, rank], `s` of [rank], `v` of [rank, columns]. Problems come without the path.
+/// A product from its parts as they are stored: `u` of [rows, rank], `s` of [rank], `v` of [rank, columns], each with the number of matrices
+/// before that for a stack. Problems come without the path.
 ///
 /// # Errors
 /// [`Error::Usage`] for parts that do not fit each other or `shape`; [`Error::Io`].
 pub fn product([u, s, v]: [TensorView; 3], shape: &[u64]) -> Result<Product> {
     let bad = |problem: String| Error::Usage(problem);
-    let &[rows, columns] = shape else {
-        return Err(bad(format!("the shape {shape:?} is no matrix, and only matrices have factors")));
+    let (matrices, rows, columns) = match *shape {
+        [rows, columns] => (None, rows, columns),
+        [matrices, rows, columns] => (Some(matrices), rows, columns),
+        _ => return Err(bad(format!("the shape {shape:?} is no matrix, and only matrices have factors"))),
     };
-    let rank = s.elements();
-    if s.dtype() != Dtype::F64 || s.entry.shape != [rank] || rank == 0 || rank > rows.min(columns) {
+    let rank = rank(&s);
+    let expected: Vec<u64> = matrices.into_iter().chain([rank]).collect();
+    if s.dtype() != Dtype::F64 || s.entry.shape != expected || rank == 0 || rank > rows.min(columns) {
         return Err(bad(format!(
-            "expected s of 1 to {} F64, found {} {:?}",
+            "expected s of 1 to {} F64{}, found {} {:?}",
             rows.min(columns),
+            matrices.map_or(String::new(), |n| format!(" for each of {n} matrices")),
             s.dtype(),
             s.entry.shape
         )));
@@ -35,7 +40,15 @@ pub fn product([u, s, v]: [TensorView; 3], shape: &[u64]) -> Result<Product> {
     if let Some(w) = weights.iter().find(|w| !w.is_finite()) {
         return Err(bad(format!("s holds {w}")));
     }
-    Product::new(u, Some(v), false, weights, 1.0, shape).map_err(bad)
+    match matrices {
+        None => Product::new(u, Some(v), false, weights, 1.0, shape).map_err(bad),
+        Some(_) => Product::stack(u, v, weights, shape).map_err(bad),
+    }
+}
+
+/// How many triplets each matrix has.
+pub(super) fn rank(s: &TensorView) -> u64 {
+    s.entry.shape.last().copied().unwrap_or(0)
 }
 
 /// The product of a row of a manifest.
@@ -49,8 +62,8 @@ pub(super) fn open(row: &Row, data: &Checkpoint) -> Result<Product> {
         return Err(bad("a low-rank tensor has the parts u, s and v, and no second parts"));
     }
     let [u, s, v] = [part("u")?, part("s")?, part("v")?];
-    if row.rank != Some(s.elements()) {
-        return Err(Error::Usage(format!("the row says rank {:?}, s has {}", row.rank, s.elements())));
+    if row.rank != Some(rank(&s)) {
+        return Err(Error::Usage(format!("the row says rank {:?}, s has {}", row.rank, rank(&s))));
     }
     product([u, s, v], &row.shape)
 }

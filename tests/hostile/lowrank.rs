@@ -65,7 +65,7 @@ fn factors_that_contradict_their_row_are_refused() {
             "bytes",
         ),
         ("s of F32", |_, d| d[1] = tensor("w:s", Dtype::F32, &[2]), "expected s of 1 to 4 F64"),
-        ("s of two dimensions", |_, d| d[1] = tensor("w:s", Dtype::F64, &[2, 1]), "expected s of 1 to 4 F64"),
+        ("s of two dimensions", |_, d| d[1] = tensor("w:s", Dtype::F64, &[1, 2]), "expected s of 1 to 4 F64"),
         ("u of another rank", |_, d| d[0] = tensor("w:u", Dtype::F32, &[4, 3]), "have no product"),
         ("v of another rank", |_, d| d[2] = tensor("w:v", Dtype::F32, &[4, 2]), "have no product"),
         ("u of other rows", |_, d| d[0] = tensor("w:u", Dtype::F32, &[5, 2]), "the product of its factors [5, 4]"),
@@ -84,6 +84,46 @@ fn factors_that_contradict_their_row_are_refused() {
     ];
     for (case, spoil, message) in cases {
         let (mut config, mut data) = vector();
+        spoil(&mut config, &mut data);
+        match opened(config, &data).err() {
+            Some(Error::Format { problem, .. }) => {
+                assert!(problem.contains(message) && problem.contains("\"w\""), "{case}: {problem}");
+            }
+            other => panic!("{case}: {other:?}"),
+        }
+    }
+}
+
+/// A vector of one stack of 3 matrices of 6 x 4, each of rank 2.
+fn stack() -> (Value, Vec<Tensor>) {
+    let (mut config, _) = vector();
+    config["tensors"][0]["shape"] = json!([3, 6, 4]);
+    config["tensors"][0]["elements"] = 72.into();
+    let data = vec![
+        tensor("w:u", Dtype::F32, &[3, 6, 2]),
+        tensor("w:s", Dtype::F64, &[3, 2]),
+        tensor("w:v", Dtype::F32, &[3, 2, 4]),
+    ];
+    (config, data)
+}
+
+#[test]
+fn stacks_whose_factors_do_not_fit_are_refused() {
+    let (config, data) = stack();
+    assert!(opened(config, &data).is_ok());
+    let cases: [(&str, Spoil, &str); 9] = [
+        ("s of one matrix", |_, d| d[1] = tensor("w:s", Dtype::F64, &[2]), "for each of 3 matrices"),
+        ("s of other matrices", |_, d| d[1] = tensor("w:s", Dtype::F64, &[4, 2]), "for each of 3 matrices"),
+        ("u of one matrix", |_, d| d[0] = tensor("w:u", Dtype::F32, &[6, 2]), "make no stack"),
+        ("u of other rows", |_, d| d[0] = tensor("w:u", Dtype::F32, &[3, 5, 2]), "make no stack"),
+        ("v of another rank", |_, d| d[2] = tensor("w:v", Dtype::F32, &[3, 1, 4]), "make no stack"),
+        ("v of other matrices", |_, d| d[2] = tensor("w:v", Dtype::F32, &[2, 2, 4]), "make no stack"),
+        ("u of codes", |_, d| d[0] = tensor("w:u", Dtype::U8, &[3, 6, 2]), "factors are floats"),
+        ("four dimensions", |c, _| c["tensors"][0]["shape"] = json!([3, 6, 2, 2]), "is no matrix"),
+        ("another rank", |c, _| c["tensors"][0]["rank"] = 6.into(), "rank Some(6), s has 2"),
+    ];
+    for (case, spoil, message) in cases {
+        let (mut config, mut data) = stack();
         spoil(&mut config, &mut data);
         match opened(config, &data).err() {
             Some(Error::Format { problem, .. }) => {

@@ -310,7 +310,7 @@ def test_wrong_use(
      ("1.5k", 1536), (" 2 GiB ", 2 << 30), ("7B", 7)],
 )  # fmt: skip
 def test_sizes(text: str, bytes_: int) -> None:
-    from reasonvec.cli.console import running_options
+    from reasonvec.cli.options import running_options
 
     @click.command()
     @running_options
@@ -326,7 +326,7 @@ def test_the_number_of_vectors(family: Family, made: Path, tmp_path: Path) -> No
     assert "at least one vector" in refused("apply", "--to", family.instruct, "-o", out)
     assert "two vectors" in refused("compare", reason)
     assert "two vectors" in refused("compare", reason, reason, reason)
-    assert "one vector" in refused("inspect")
+    assert "expected a vector, a checkpoint" in refused("inspect")
     assert "one vector" in refused("inspect", reason, "--from", family.rl, family.sft)
     assert refused("apply", reason, "-o", out)
     assert refused("apply", reason, "--to", family.instruct)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -23,6 +24,7 @@ from reasonvec import reference as ref
 from reasonvec.cli.app import main
 from reasonvec.errors import FormatError, MismatchError
 from reasonvec.family import Family
+from reasonvec.folders import VectorFolder
 from reasonvec.lowrank import from_lora
 from reasonvec.names import is_vocabulary
 from reasonvec.reference import BLOCK, Bits, Dtype, lowrank
@@ -44,19 +46,21 @@ def page_reader() -> Reader:
 
 
 def folder_of(
-    path: Path, shape: tuple[int, int], rank: int, dtypes: tuple[Dtype, Dtype]
+    path: Path, shape: tuple[int, ...], rank: int, dtypes: tuple[Dtype, Dtype]
 ) -> tuple[Bits, NDArray[np.float64], Bits]:
     """A vector folder of one low-rank tensor, by the words of docs/format.md."""
     generator = np.random.default_rng(rank)
+    *stack, rows, columns = shape
+    matrices = math.prod(stack)
     u, v = (
-        bits_of(generator, shape[0] * rank, dtypes[0]),
-        bits_of(generator, rank * shape[1], dtypes[1]),
+        bits_of(generator, matrices * rows * rank, dtypes[0]),
+        bits_of(generator, matrices * rank * columns, dtypes[1]),
     )
-    s = generator.normal(size=rank) ** 2
+    s = generator.normal(size=(*stack, rank)) ** 2
     parts = {
-        "w:s": (s.view(np.uint64), "F64", (rank,)),
-        "w:u": (u, dtypes[0], (shape[0], rank)),
-        "w:v": (v, dtypes[1], (rank, shape[1])),
+        "w:s": (s.view(np.uint64), "F64", (*stack, rank)),
+        "w:u": (u, dtypes[0], (*stack, rows, rank)),
+        "w:v": (v, dtypes[1], (*stack, rank, columns)),
     }
     parts = dict(sorted(parts.items(), key=lambda part: -part[1][0].itemsize))
     path.mkdir()
@@ -66,7 +70,7 @@ def folder_of(
         "shape": shape,
         "dtype": "F64" if "F64" in dtypes else "BF16",
         "encoding": "lowrank",
-        "elements": shape[0] * shape[1],
+        "elements": math.prod(shape),
     }
     row |= {
         "moved": 0,
@@ -85,25 +89,43 @@ def folder_of(
     (path / "vector_config.json").write_text(
         json.dumps({"format": 1, "digest": "none", "tensors": [row]})
     )
-    return u.reshape(shape[0], rank), s, v.reshape(rank, shape[1])
+    return u.reshape(*stack, rows, rank), s, v.reshape(*stack, rank, columns)
 
 
 @pytest.mark.parametrize(
     "dtypes", [("F32", "F32"), ("BF16", "F16"), ("BF16", "F32"), ("F32", "F64")]
 )
 @pytest.mark.parametrize(
-    ("shape", "rank"), [((3, 5), 1), ((100, 33), 7), ((2, BLOCK + 9), 2), ((900, 700), 5)]
+    ("shape", "rank"),
+    [
+        ((3, 5), 1),
+        ((100, 33), 7),
+        ((2, BLOCK + 9), 2),
+        ((900, 700), 5),
+        ((1, 4, 6), 2),
+        ((5, 7, 9), 3),
+        ((40, 130, 99), 4),
+        ((3, 700, 500), 5),
+        ((3, 2, BLOCK + 9), 2),
+    ],
 )
 def test_core_reference_and_page_read_the_same(
-    tmp_path: Path, shape: tuple[int, int], rank: int, dtypes: tuple[Dtype, Dtype]
+    tmp_path: Path, shape: tuple[int, ...], rank: int, dtypes: tuple[Dtype, Dtype]
 ) -> None:
     u, s, v = folder_of(tmp_path / "v", shape, rank, dtypes)
     work = ref.work_dtype(*dtypes)
     expected = lowrank.lowrank_values((u, dtypes[0]), s, (v, dtypes[1]), work=work)
-    n = shape[0] * shape[1]
+    n = math.prod(shape)
     term = json.dumps([{"coefficient": 1.0, "source": {"stored": {"operand": 0, "name": "w"}}}])
     found = core.values(term, "w", n, 0, n, [core.VectorFolder(tmp_path / "v")], work == "F64")
     assert bytes_of(found, work == "F64").tobytes() == expected.tobytes()
+    # From the middle of a row, and of a matrix of a stack, to the middle of another.
+    for start, stop in ((n // 3 + 1, n - 2), (n // 2, n // 2 + 1)):
+        found = core.values(
+            term, "w", n, start, stop, [core.VectorFolder(tmp_path / "v")], work == "F64"
+        )
+        part = expected.reshape(-1)[start:stop]
+        assert bytes_of(found, work == "F64").tobytes() == part.tobytes()
     hi, at, _ = page_reader()(tmp_path / "v")["w"]
     assert hi.tobytes() == expected.tobytes()
     assert hi.shape == shape
@@ -252,6 +274,94 @@ def test_a_damaged_factor_is_found(reason: rv.Vector, family: Family, tmp_path: 
 
 
 # --------------------------------------------------------------------------------------------------
+# Stacks: the experts of a layer in one tensor
+
+EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def stacks(path: Path, ranks: tuple[int, ...], shape: tuple[int, int] = (48, 40)) -> rv.Vector:
+    """A difference of two checkpoints whose experts differ by updates of these ranks."""
+    draw = np.random.default_rng(9)
+    low = [draw.normal(size=(shape[0], r)) @ draw.normal(size=(r, shape[1])) for r in ranks]
+    n = draw.normal(size=(len(ranks), *shape)).astype(np.float32)
+    folders = {}
+    for name, values in (("n", n), ("p", n + np.array(low, np.float32))):
+        (path / name).mkdir(parents=True)
+        parts: dict[str, tuple[Bits, Dtype, tuple[int, ...]]] = {
+            EXPERTS: (values.view(np.uint32), "F32", values.shape)
+        }
+        write(path / name / "model.safetensors", parts)
+        (path / name / "config.json").write_text("{}")
+        folders[name] = rv.open(path / name)
+    return folders["p"] - folders["n"]
+
+
+def test_every_expert_of_a_stack_is_a_matrix(tmp_path: Path) -> None:
+    vector = stacks(tmp_path, (2, 5, 3))
+    vector.save(tmp_path / "exact")
+    was = page_reader()(tmp_path / "exact")[EXPERTS][0].astype(float)
+    report = vector.compress(tmp_path / "low", rank=4)
+    (row,) = report.rows
+    assert (row.encoding, row.rank) == ("lowrank", 4)
+    now = page_reader()(tmp_path / "low")[EXPERTS][0].astype(float)
+    assert now.shape == (3, 48, 40)
+    left = np.linalg.norm(was - now, axis=(1, 2))
+    best = [np.linalg.svd(one, compute_uv=False)[4:] for one in was]
+    assert left == pytest.approx([np.linalg.norm(b) for b in best], rel=1e-2, abs=1e-4)
+    assert row.residual == pytest.approx(np.linalg.norm(left), rel=1e-4)
+    core.verify_vector(core.VectorFolder(tmp_path / "low"), json.dumps({"memory_budget": 1 << 22}))
+    low = rv.load(tmp_path / "low")
+    assert low.compare(vector).total.cosine == pytest.approx(
+        float((was * now).sum() / np.linalg.norm(was) / np.linalg.norm(now)), rel=1e-6
+    )
+    assert np.asarray(low.svd(EXPERTS, rank=4, number=1).s) == pytest.approx(
+        np.linalg.svd(now[1], compute_uv=False)[:4], rel=1e-4
+    )
+
+
+def test_experts_of_unlike_ranks_are_filled_up_with_zeros(tmp_path: Path) -> None:
+    vector = stacks(tmp_path, (2, 0, 5))
+    report = vector.compress(tmp_path / "low", rank=0.9999999)
+    (row,) = report.rows
+    folder = VectorFolder(tmp_path / "low")
+    s = np.asarray(memoryview(folder.part(f"{EXPERTS}:s")))
+    assert row.rank == s.shape[1] == 5
+    assert (s != 0).sum(axis=1).tolist() == [2, 0, 5]
+    # Sums of such vectors are made of their factors, and lose nothing but rounding.
+    low = rv.load(tmp_path / "low")
+    again = (2.0 * low - 0.5 * low).compress(tmp_path / "again")
+    assert again.rows[0].rank == 5
+    assert again.residual <= 2e-6 * again.norm
+    low.compress(tmp_path / "scaled", rank=1, rescale=True)
+    before, after = (page_reader()(tmp_path / f)[EXPERTS][0] for f in ("low", "scaled"))
+    assert np.linalg.norm(after, axis=(1, 2)) == pytest.approx(
+        np.linalg.norm(before, axis=(1, 2)), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"shape": [3, 40, 48]}, "stack|shape"),
+        ({"shape": [120, 48]}, "matrix|F64|product"),
+        ({"shape": [2, 72, 40]}, "F64"),
+        ({"shape": [3, 48, 40, 1]}, "matri"),
+        ({"rank": 12}, "rank"),
+    ],
+)
+def test_stacks_that_do_not_fit_are_refused(
+    tmp_path: Path, change: dict[str, object], says: str
+) -> None:
+    stacks(tmp_path, (2, 2, 2)).compress(tmp_path / "low", rank=4)
+    config = tmp_path / "low" / "vector_config.json"
+    said = json.loads(config.read_text())
+    said["tensors"][0] |= change
+    config.write_text(json.dumps(said))
+    with pytest.raises(FormatError, match=says):
+        rv.load(tmp_path / "low").save(tmp_path / "out")
+
+
+# --------------------------------------------------------------------------------------------------
 # LoRA in and out
 
 
@@ -331,6 +441,43 @@ def test_peft_computes_what_the_dense_apply_computes(
     assert (expected - plain).abs().max().item() > 1e-3 * spread
 
 
+@pytest.mark.models
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bare", [False, True])
+def test_an_adapter_finds_the_modules_of_a_class_with_a_head(tmp_path: Path, bare: bool) -> None:
+    """Files of GPT-2 name `h.0...` what the model with a head has as `transformer.h.0...`."""
+    peft = pytest.importorskip("peft")
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    made = Peft(tmp_path, "gpt2", r=4, target_modules=["c_attn", "c_fc"])
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    tensors = load_file(made.base / "model.safetensors")
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    draw = torch.Generator().manual_seed(1)
+    for folder in (made.base, moved):
+        if folder == moved:
+            for name, tensor in tensors.items():
+                if ".attn." in name:  # the biases too
+                    tensor += 0.1 * torch.randn(tensor.shape, generator=draw)
+        names = {n.removeprefix("transformer.") if bare else n: t for n, t in tensors.items()}
+        save_file(names, folder / "model.safetensors", {"format": "pt"})
+    (moved / "config.json").write_text((made.base / "config.json").read_text())
+    base = rv.open(made.base)
+    vector = rv.open(moved) - base
+    report = vector.to_lora(tmp_path / "lora", rank=32)
+    assert report.warnings == []
+    assert report.left_out == []
+    model = peft.PeftModel.from_pretrained(load(made.base, dtype=torch.float32), tmp_path / "lora")
+    with torch.no_grad():
+        expected = load(moved, dtype=torch.float32).eval()(made.tokens).logits
+        found = model.eval()(made.tokens).logits
+    assert (expected - found).abs().max() <= 2e-5 * expected.abs().max()
+    assert rv.adapter(tmp_path / "lora", base).compare(vector).total.cosine == pytest.approx(1.0)
+
+
 def _trained(made: Peft, tmp_path: Path) -> rv.Vector:
     """The difference of two checkpoints, with biases that moved, from an adapter's own."""
     import torch
@@ -372,3 +519,113 @@ def test_the_commands(family: Family, tmp_path: Path) -> None:
     adapter_folder(tmp_path / "theirs", family.sft)
     command = ["to-lora", low, "-o", str(tmp_path / "theirs"), "--overwrite"]
     assert CliRunner().invoke(main, command).exit_code == 2
+
+
+MIXTURES = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
+}
+
+
+@pytest.mark.models
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rank", [4, 0.6])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_peft_stacks_the_factors_of_experts(tmp_path: Path, family: str, rank: float) -> None:
+    """Experts by name in the file, packed in the model: PEFT computes what our own apply of the same
+    adapter does, and what it has no place for is left out and said."""
+    peft = pytest.importorskip("peft")
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+    from test_adapter import QWEN
+
+    torch.manual_seed(0)
+    kind, config = MIXTURES[family]
+    sizes = QWEN | config
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(**sizes)
+    )
+    n, p = tmp_path / "n", tmp_path / "p"
+    model.save_pretrained(n)
+    tensors = load_file(n / "model.safetensors")
+    draw = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        # Unlike steps, so that the energy rule finds unlike ranks; biases move too.
+        if "experts" in name or ".self_attn." in name:
+            step = 0.1 * torch.rand((), generator=draw)
+            tensor += step * torch.randn(tensor.shape, generator=draw)
+            if tensor.ndim == 2:
+                tensor += torch.outer(*(torch.randn(k, generator=draw) for k in tensor.shape)) / 20
+    p.mkdir()
+    save_file(tensors, p / "model.safetensors", {"format": "pt"})
+    (p / "config.json").write_text((n / "config.json").read_text())
+    base = rv.open(n)
+    report = (rv.open(p) - base).to_lora(tmp_path / "lora", rank=rank)
+    why = {part.name: part.why for part in report.left_out}
+    assert any(".experts." in name for name in why) == (family == "qwen2_moe")
+    assert any("shared_experts" in name for name in why) == (family == "deepseek_v3")
+    experts = {r for name, r in report.ranks.items() if ".experts." in name}
+    assert len(experts) == (family != "qwen2_moe")
+    if rank == 0.6:
+        assert len(set(report.ranks.values())) > 1
+
+    def logits(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            found = model.eval()(torch.arange(24)[None] * 7 % 96).logits
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    plain = load(n, dtype=torch.float32)
+    before = logits(plain)
+    found = logits(peft.PeftModel.from_pretrained(plain, tmp_path / "lora"))
+    (base + rv.adapter(tmp_path / "lora", base)).save(tmp_path / "dense", out_dtype="float32")
+    expected = logits(load(tmp_path / "dense", dtype=torch.float32))
+    assert (expected - found).abs().max() <= 2e-5 * expected.abs().max()
+    assert (expected - before).abs().max() > 1e-3 * expected.abs().max()
+
+
+@pytest.mark.models
+def test_the_families_are_those_that_peft_stacks() -> None:
+    pytest.importorskip("peft")
+    from peft.utils import transformers_weight_conversion as conversion
+
+    from reasonvec.compat.experts import ADAPTABLE, LAYOUTS
+
+    known = {
+        kind
+        for kind, pattern in conversion._MODEL_TO_CONVERSION_PATTERN.items()
+        if pattern in conversion._MOE_TARGET_MODULE_MAPPING
+    }
+    assert set().union(*(layout.families for layout in LAYOUTS)) & known == ADAPTABLE

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import PIPE
+from typing import Literal
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 
 import reasonvec as rv
+from reasonvec import _reasonvec as core
+from reasonvec.cli.app import main
 from reasonvec.reference import spectral as reference
+from reasonvec.run import settings
 
 Array = NDArray[np.float64]
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -163,6 +171,18 @@ def test_bottom_is_the_exact_dropped_part(tmp_path: Path, shape: tuple[int, int]
     assert np.linalg.norm(rebuilt(rounded) - wanted) <= 1e-6 * np.linalg.norm(wanted)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_bottom_of_a_matrix_of_low_rank_is_its_rounding(tmp_path: Path, scale: float) -> None:
+    draw = np.random.default_rng(3)
+    a = draw.standard_normal((700, 5)) @ draw.standard_normal((5, 660)) * scale
+    found = single(tmp_path, a).svd(NAME, rank=12, which="bottom", double=True)
+    v = np.asarray(found.vt).T
+    stored = a.astype(np.float32).astype(np.float64)
+    # Rounding to f32 is what the small values are made of; squares cannot tell them apart.
+    assert np.linalg.norm(stored @ v) <= 1e-8 * np.linalg.norm(stored)
+    assert v.T @ v == pytest.approx(np.eye(12), abs=1e-11)
+
+
 @pytest.mark.parametrize("shape", [(1300, 700), (700, 1300)])
 def test_spectrum_of_all_values(tmp_path: Path, shape: tuple[int, int]) -> None:
     vector, a, _ = pair(tmp_path, *shape, rank=6, step=1e-4)
@@ -305,3 +325,110 @@ def test_factors_are_written_looked_up_and_checked(tmp_path: Path) -> None:
         rv.write_factors(model, tmp_path / "h.safetensors", rank=2, include=["nothing"])
     with pytest.raises(rv.FormatError, match="no factor file"):
         rv.factors(tmp_path / "m" / "model.safetensors")
+
+
+def test_a_point_is_decomposed_with_its_vectors(tmp_path: Path) -> None:
+    vector, a, _ = pair(tmp_path, 200, 120, rank=4, step=1e-3)
+    other = single(tmp_path / "other", np.random.default_rng(8).standard_normal((200, 120)))
+    t = np.asarray(other[NAME], dtype=np.float64)
+    found = (other + 3.0 * vector).svd(NAME, rank=120)
+    assert np.asarray(found.s) == pytest.approx(
+        np.linalg.svd(t + 3.0 * a, compute_uv=False), rel=1e-3
+    )
+    assert rebuilt(found) == pytest.approx(t + 3.0 * a, abs=1e-5)
+    assert found.squares == pytest.approx(float(((t + 3.0 * a) ** 2).sum()), rel=1e-6)
+    (row,) = (other + vector).spectrum(count=None).tensors
+    assert np.array(row.values) == pytest.approx(np.linalg.svd(t + a, compute_uv=False), rel=1e-5)
+
+
+PEAK = """
+import sys, threading, time
+import reasonvec as rv
+from reasonvec.memory import anonymous_bytes
+vector = rv.open(sys.argv[1] + "/p") - rv.open(sys.argv[1] + "/n")
+options = {"rank": int(sys.argv[3]), "which": sys.argv[4]}
+vector.svd(sys.argv[2], rank=1)
+before, most, done = anonymous_bytes(), 0, False
+def watch():
+    global most
+    while not done:
+        most = max(most, anonymous_bytes())
+        time.sleep(0.0005)
+thread = threading.Thread(target=watch)
+thread.start()
+vector.svd(sys.argv[2], **options)
+done = True
+thread.join()
+print(most - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not say what memory is held")
+@pytest.mark.parametrize(("which", "rank"), [("top", 64), ("bottom", 16)])
+def test_memory_is_as_predicted(tmp_path: Path, which: Literal["top", "bottom"], rank: int) -> None:
+    rows, columns = (12000, 1500) if which == "top" else (1500, 1200)
+    pair(tmp_path, rows, columns, 8, 1e-4)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path), NAME, str(rank), which],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    plan = {"rows": rows, "columns": columns, "rank": {"fixed": rank}, "which": which}
+    least, most = core.svd_memory(json.dumps(plan | {"settings": settings({})}))
+    assert least == most
+    # What the allocator keeps between calls is not counted, so much less would be no surprise.
+    assert 0.3 * most < int(done.stdout) < 1.05 * most + (4 << 20)
+
+
+def test_dry_runs_predict_and_write_nothing(tmp_path: Path) -> None:
+    vector, _, _ = pair(tmp_path, 700, 300, 4, 1e-4)
+    plan = vector.plan_compress(rank=8)
+    assert set(plan.memory) == {NAME}
+    assert plan.memory == vector.plan_lora(rank=8).memory
+    least, most = vector.plan_compress().memory[NAME]
+    assert least <= plan.memory[NAME][0] <= most
+    with pytest.raises(rv.MismatchError):
+        vector.plan_lora(rank=0)
+    sources = ["--from", str(tmp_path / "p"), str(tmp_path / "n"), "--rank", "8", "--dry-run"]
+    for command in ("compress", "to-lora"):
+        out = tmp_path / command
+        done = CliRunner().invoke(main, [command, *sources, "--out", str(out), "--json"])
+        assert done.exit_code == 0, done.output
+        said = json.loads(done.output)
+        assert said["matrices"][NAME] == list(plan.memory[NAME])
+        assert said["peak_memory"][0] > plan.memory[NAME][0]
+        assert not out.exists()
+
+
+def test_progress_goes_forward_over_all_matrices(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    vector, _, _ = pair(tmp_path, 700, 300, 4, 1e-4)
+    vector.to_lora(tmp_path / "a", rank="auto", progress=lambda *now: told.append(now))
+    assert told == sorted(told)
+    done, whole = told[-1]
+    assert done == whole > 0
+    assert {total for _, total in told} == {whole}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of another kind")
+@pytest.mark.parametrize("what", ["spectrum(count=None)", f"svd({NAME!r}, 400, which='bottom')"])
+def test_an_interrupt_stops_a_long_decomposition(tmp_path: Path, what: str) -> None:
+    pair(tmp_path, 2400, 2400, 4, 1e-4)
+    code = (
+        "import reasonvec as rv, sys\n"
+        "vector = rv.open(sys.argv[1] + '/p') - rv.open(sys.argv[1] + '/n')\n"
+        "print('ready', flush=True)\n"
+        f"vector.{what}"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(1.5)
+        assert child.poll() is None, "it was over before it was interrupted"
+        start = time.monotonic()
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=60)
+        assert "KeyboardInterrupt" in said
+        assert time.monotonic() - start < 20

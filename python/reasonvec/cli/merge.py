@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
 
-from reasonvec.cli.console import (
-    DIGEST,
+from reasonvec.cli.console import emit, guarded, progress
+from reasonvec.cli.options import (
     INPUT,
-    emit,
-    guarded,
+    digest_option,
+    nonfinite_option,
     output_options,
-    progress,
+    overwrite_option,
     run_options,
     running_options,
+    sync_option,
 )
 
 if TYPE_CHECKING:
@@ -141,29 +142,16 @@ def _shard_size(context: click.Context, parameter: click.Parameter, text: str) -
     help="Whether tokenizer files are written.",
 )
 @click.option("--write-model-card/--no-write-model-card", default=True, help="Write README.md.")
-@click.option(
-    "--digest",
-    type=DIGEST,
-    default="xxh3-128",
-    show_default=True,
-    help="xxh3-128 detects damage, blake3 forgery too.",
-)
-@click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass.")
+@digest_option
+@nonfinite_option
 @click.option(
     "--dry-run",
     is_flag=True,
     help="Say what would become of every tensor, and every problem; write nothing.",
 )
 @click.option("--resume", is_flag=True, help="Continue an unfinished run.")
-@click.option(
-    "--overwrite", is_flag=True, help="Replace an earlier output of reasonvec in the folder."
-)
-@click.option(
-    "--sync/--no-sync",
-    default=True,
-    show_default=True,
-    help="Flush files to the disk before they get their final names.",
-)
+@overwrite_option
+@sync_option
 @click.option("--num-threads", type=click.IntRange(min=0), hidden=True)
 @click.option("--verbose", "-v", count=True, hidden=True, expose_value=False)
 @click.option("--no-quiet", is_flag=True, hidden=True, expose_value=False)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from reasonvec.factors import Factors
     from reasonvec.inspection import GroupMeasure, Inspection
     from reasonvec.lora import LeftOut, LoraReport
-    from reasonvec.lowrank import CompressReport
+    from reasonvec.lowrank import CompressReport, FactorsPlan
     from reasonvec.rounding import Rounding
     from reasonvec.spectrum import Spectra, TensorSpectrum
     from reasonvec.undo import UndoReport
@@ -59,6 +59,11 @@ def _percent(part: int, whole: int) -> str:
 
 def _share(x: float) -> str:
     return f"{100 * x:.1f} %"
+
+
+def _range(ordered: Sequence[int]) -> str:
+    first, last = ordered[0], ordered[-1]
+    return str(first) if first == last else f"{first} to {last}"
 
 
 def _problems(problems: Sequence[Problem]) -> None:
@@ -150,7 +155,7 @@ def show_compress(report: CompressReport) -> None:
     rows = []
     for kind, part in kinds.items():
         ranks = sorted(row.rank or 0 for row in part if row.residual is not None)
-        span = f"{ranks[0]} to {ranks[-1]}" if ranks else "exact"
+        span = _range(ranks) if ranks else "exact"
         left = sum((row.residual or 0.0) ** 2 for row in part) ** 0.5
         norm = sum(row.norm**2 for row in part) ** 0.5
         stored = sum(row.bytes for row in part)
@@ -164,7 +169,7 @@ def show_compress(report: CompressReport) -> None:
 def show_lora(report: LoraReport) -> None:
     ranks = sorted(report.ranks.values())
     _say(
-        f"{count(len(ranks))} matrices, ranks {ranks[0]} to {ranks[-1]}, "
+        f"{count(len(ranks))} matrices of rank {_range(ranks)}, "
         f"{count(len(report.biases))} biases, {size(report.bytes)}"
     )
     _say(f"cut off by the ranks: {_share(report.truncated_share)} of the norm")
@@ -175,6 +180,8 @@ def show_lora(report: LoraReport) -> None:
         ]
         _table(["no place in a LoRA", "why", "tensors", "share of the norm"], rows)
     _say(f"left out in all: {_share(report.left_out_share)} of the norm")
+    for warning in report.warnings:
+        _say(f"[yellow]warning[/]: {escape(warning)}")
     _say(f"written to {escape(str(report.path))}")
 
 
@@ -222,6 +229,21 @@ def show_plan(plan: ApplyPlan) -> None:
     )
     errors = plan.errors
     _say(f"[red]would stop: {len(errors)} errors[/]" if errors else "[green]would run[/]")
+
+
+def show_factors_plan(plan: FactorsPlan) -> None:
+    """What a decomposition takes: the matrices by size, then the whole."""
+    rows = sorted(plan.memory.items(), key=lambda item: item[1], reverse=True)[:10]
+
+    def span(of: tuple[int, int]) -> str:
+        return size(of[0]) if of[0] == of[1] else f"{size(of[0])} to {size(of[1])}"
+
+    _table(["largest matrices", "memory"], [[escape(name), span(of)] for name, of in rows])
+    _say(
+        f"takes {count(len(plan.memory))} matrices apart, one after the other, at rank {plan.rank};"
+        f" {count(plan.others)} other tensors"
+    )
+    _say(f"holds at most {span(plan.peak_memory)}")
 
 
 def show_merge_plan(plan: ApplyPlan) -> None:
@@ -307,7 +329,7 @@ def show_comparison(report: Comparison) -> None:
         _table(["layer", *columns], layers)
 
 
-def show_spectra(report: Spectra) -> None:
+def show_spectra(report: Spectra, html: Path | None) -> None:
     from reasonvec.spectrum import typical
 
     def cells(name: str, rows: Sequence[TensorSpectrum]) -> list[str]:
@@ -333,14 +355,16 @@ def show_spectra(report: Spectra) -> None:
         _table(["layer", *columns], layers)
     if report.skipped:
         _say(f"left out, of one dimension or more than three: {count(len(report.skipped))} tensors")
+    if html is not None:
+        _say(f"page written to {escape(str(html))}")
 
 
-def show_factors(written: Factors) -> None:
-    ranks = sorted({str(row["rank"]) for row in written.rows.values()})
-    _say(
-        f"{escape(str(written.path))}: {count(len(written.rows))} matrices at rank "
-        f"{', '.join(ranks)}, {size(written.path.stat().st_size)}"
-    )
+def show_factors(written: Factors, made: int) -> None:
+    ranks = sorted(int(str(row["rank"])) for row in written.rows.values())
+    there = len(written) - made
+    kept = f", {count(there)} of them as they were in the file" if there else ""
+    _say(f"{count(len(written))} matrices at rank {_range(ranks)}{kept}")
+    _say(f"written to {escape(str(written.path))}, {size(written.path.stat().st_size)}")
 
 
 def show_verify(report: VerifyReport) -> None:

@@ -17,7 +17,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["LAYOUTS", "REFUSED", "ExpertLayout", "layout_of", "packed_part", "split_part"]
+__all__ = [
+    "ADAPTABLE",
+    "LAYOUTS",
+    "REFUSED",
+    "ExpertLayout",
+    "layout_of",
+    "packed_part",
+    "split_part",
+]
 
 _PACKED = re.compile(r"^(?P<stem>(?:.*\.)?experts)\.(?P<part>gate_up_proj|down_proj)$")
 _SPLIT = re.compile(r"^(?P<stem>(?:.*\.)?experts)\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight$")
@@ -141,6 +149,16 @@ REFUSED: dict[str, str] = {
     "openai_privacy_filter": "packs its experts transposed, (E, H, 2I)",
     "qwen3_vl_moe": "stores its packed experts transposed, (E, H, 2I) and (E, I, H)",
 }
+
+
+# Families of the table whose experts PEFT (0.21) packs as it loads an adapter that names each of
+# them. It stacks their factors, and takes for an expert whatever has the name of one's projection.
+ADAPTABLE = frozenset({
+    "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe",
+    "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe",
+    "minimax", "minimax_m2", "mixtral", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe",
+    "solar_open",
+})  # fmt: skip
 
 
 def layout_of(family: str | None) -> ExpertLayout | None:

@@ -1,4 +1,4 @@
-"""Heat maps, layer by module: three measures of the same grid, as tables whose cells are coloured.
+"""Heat maps, layer by module: measures of the same grid, as tables whose cells are coloured.
 
 They are tables and not pictures: a screen reader walks them, a search finds a value in them, and a
 printer keeps them sharp.
@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from reasonvec.inspection import GroupMeasure, Inspection, in_order
+from reasonvec.inspection import in_order
 from reasonvec.page.colour_scale import DARK, LIGHT, Scale
 from reasonvec.page.markup import brief, name
-from reasonvec.wording import magnitude, percent
+
+__all__ = ["Grid", "HeatMap", "heat_maps", "heat_style"]
+
+_Cell = TypeVar("_Cell")
 
 # More columns than this would be too narrow to tap, so the map goes on in a second table.
 _LAYER_COLUMNS = 24
@@ -24,21 +28,25 @@ _BEYOND = " The colours span the matrices; norms and biases may lie beyond, at e
 
 
 @dataclass(frozen=True, slots=True)
-class _Map:
-    """One measure: how a cell is coloured, written and explained."""
+class HeatMap(Generic[_Cell]):
+    """One measure: how a cell is coloured, written and explained.
+
+    ``written`` is empty where there is nothing to measure, and the cell is then a gap; ``still``
+    says what zero is. Cells narrower than ``cell_px`` keep their values for a pointer to bring out.
+    """
 
     label: str
     heading: str
     meaning: str
     unit: str
     still: str
-    value: Callable[[GroupMeasure], float]
-    written: Callable[[GroupMeasure], str]
+    value: Callable[[_Cell], float]
+    written: Callable[[_Cell], str]
     cell_px: int
 
-    def cell(self, scale: Scale | None, group: GroupMeasure | None, extra: str = "") -> str:
-        """One cell; empty where there is no tensor, or only empty ones."""
-        if group is None or not group.elements:
+    def cell(self, scale: Scale | None, group: _Cell | None, extra: str = "") -> str:
+        written = "" if group is None else self.written(group)
+        if group is None or not written:
             return f'<td class="{f"gap {extra}".strip()}"></td>'
         value = self.value(group)
         if not math.isfinite(value):
@@ -47,31 +55,31 @@ class _Map:
             paint = "still"
         else:
             paint = f"s{scale.shade(scale.step(value))}"
-        written = html.escape(self.written(group))
-        return f'<td class="{f"{paint} {extra}".strip()}"><span>{written}</span></td>'
+        return f'<td class="{f"{paint} {extra}".strip()}"><span>{html.escape(written)}</span></td>'
 
 
-class _Grid:
-    """The groups that the maps show: layers by kinds, their sums, and what is in no layer."""
+class Grid(Generic[_Cell]):
+    """The groups that maps show: layers by kinds, what takes them together, what is in no layer.
 
-    def __init__(self, report: Inspection) -> None:
-        inside = tuple(row for row in report.tensors if row.layer is not None)
-        # The sums are about the layers alone: an embedding would drown the rest.
-        core = Inspection("", "", report.what, inside, None, {})
-        self.cells = report.by_layer_and_kind()
-        self.by_layer = {
-            layer: group for layer, group in core.by_layer().items() if layer is not None
-        }
-        self.by_kind = core.by_kind()
-        self.total = core.totals()
-        self.chunks = _chunks(list(self.by_kind), _LAYER_COLUMNS)
-        outside = in_order(row.kind for row in report.tensors if row.layer is None)
+    ``cells`` are by (layer, kind), ``by_layer``, ``by_kind`` and ``total`` of what is in a layer.
+    The colours span the cells of ``spanning``, or all where there are none.
+    """
+
+    def __init__(
+        self,
+        cells: Mapping[tuple[int | None, str], _Cell],
+        by_layer: Mapping[int, _Cell],
+        by_kind: Mapping[str, _Cell],
+        total: _Cell,
+        spanning: Iterable[tuple[int | None, str]],
+    ) -> None:
+        self.cells, self.by_layer, self.by_kind, self.total = cells, by_layer, by_kind, total
+        self.chunks = _chunks(list(by_kind), _LAYER_COLUMNS)
+        outside = in_order(kind for layer, kind in cells if layer is None)
         self.strips = _chunks(outside, _STRIP_COLUMNS)
-        # Norms and biases are few and far from the matrices in every measure: a scale that spans
-        # both shows nothing of either.
-        matrices = {(row.layer, row.kind) for row in report.tensors if len(row.shape) > 1}
-        self.shown = [*self.cells.values(), *self.by_layer.values(), *self.by_kind.values()]
-        self.spanned = [self.cells[key] for key in self.cells if key in matrices] or self.shown
+        self.shown = [*cells.values(), *by_layer.values(), *by_kind.values()]
+        wanted = set(spanning)
+        self.spanned = [cells[key] for key in cells if key in wanted] or self.shown
 
     def widths(self) -> list[int]:
         """How many columns its tables have, each number once."""
@@ -81,14 +89,13 @@ class _Grid:
         return sorted({*layered, *(len(chunk) for chunk in self.strips)})
 
 
-def heat_maps(report: Inspection) -> str:
-    """The section with the three maps and the choice between them; empty without tensors."""
-    grid = _Grid(report)
+def heat_maps(
+    grid: Grid[_Cell], maps: Sequence[HeatMap[_Cell]], *, first: int, together: str
+) -> str:
+    """The section with the maps and the choice between them, the one numbered ``first`` chosen;
+    empty without tensors. ``together`` says what the last row and column are."""
     if not grid.cells:
         return ""
-    # All of a checkpoint is "not zero"; of a vector, what moved is the first question.
-    first = 0 if report.what == "vector" else 1
-    maps = _maps(report)
     choices = "".join(
         f'<label><input type="radio" name="measure" id="measure-{i}"'
         f"{' checked' if i == first else ''}> {one.label}</label>"
@@ -96,7 +103,7 @@ def heat_maps(report: Inspection) -> str:
     )
     return (
         '<section class="maps sheet">\n<h2>Layer by module</h2>\n<p class="intro quiet">Rows are '
-        "layers, columns the modules inside one; the last row and column take them together.</p>\n"
+        f"layers, columns the modules inside one; the last row and column {together}.</p>\n"
         '<div class="bar"><fieldset class="choice"><legend class="unseen">Measure</legend>'
         f'{choices}</fieldset><p class="read" aria-live="polite">'
         "Point at a cell, or tap it, to read all three measures.</p></div>\n"
@@ -104,15 +111,14 @@ def heat_maps(report: Inspection) -> str:
     )
 
 
-def heat_style(report: Inspection) -> str:
+def heat_style(grid: Grid[_Cell], maps: Sequence[HeatMap[_Cell]]) -> str:
     """The rules that a style sheet cannot know: the colours, and the widths at which tables fold.
 
     Below a width that depends on how many columns a table has, its labels turn upright and its
     values leave their cells.
     """
     rules = [_ramp()]
-    maps = _maps(report)
-    for n in _Grid(report).widths():
+    for n in grid.widths():
         rules.append(
             f"@container (max-width:{44 + n * 68}px){{.n{n} .label{{display:inline-block;"
             "writing-mode:vertical-rl;transform:rotate(180deg);max-height:13em;overflow:hidden}}\n"
@@ -133,59 +139,7 @@ def heat_style(report: Inspection) -> str:
     return "".join(rules)
 
 
-def _maps(report: Inspection) -> tuple[_Map, _Map, _Map]:
-    vector = report.what == "vector"
-
-    def share(group: GroupMeasure) -> str:
-        return percent(group.moved, group.elements) if group.elements else ""
-
-    return (
-        _Map(
-            label="Moved" if vector else "Not zero",
-            heading="Share that moved" if vector else "Share that is not zero",
-            meaning=(
-                "Percent of the elements whose value differs between the donors."
-                if vector
-                else "Percent of the elements that are not zero."
-            ),
-            unit=" %",
-            still="none moved" if vector else "all zero",
-            value=lambda group: 100 * group.moved_share,
-            written=share,
-            cell_px=26,
-        ),
-        _Map(
-            label="Norm (rms)",
-            heading="Norm, rms per element",
-            meaning=(
-                "Root mean square of the change, over all elements, moved or not."
-                if vector
-                else "Root mean square of the values."
-            ),
-            unit="",
-            still="zero",
-            value=lambda group: group.rms,
-            written=lambda group: magnitude(group.rms, 2) if group.elements else "",
-            cell_px=42,
-        ),
-        _Map(
-            label="Largest",
-            heading="Largest change" if vector else "Largest value",
-            meaning=(
-                "Largest magnitude by which one element changed."
-                if vector
-                else "Largest magnitude of one element."
-            ),
-            unit="",
-            still="zero",
-            value=lambda group: group.max,
-            written=lambda group: magnitude(group.max, 2) if group.elements else "",
-            cell_px=42,
-        ),
-    )
-
-
-def _map_section(index: int, one: _Map, grid: _Grid) -> str:
+def _map_section(index: int, one: HeatMap[_Cell], grid: Grid[_Cell]) -> str:
     scale = Scale.over(one.value(group) for group in grid.spanned)
     beyond = _BEYOND if scale is not None and any(_open(one, scale, grid.shown)) else ""
     return (
@@ -197,7 +151,9 @@ def _map_section(index: int, one: _Map, grid: _Grid) -> str:
     )
 
 
-def _layer_table(one: _Map, scale: Scale | None, grid: _Grid, kinds: Sequence[str]) -> str:
+def _layer_table(
+    one: HeatMap[_Cell], scale: Scale | None, grid: Grid[_Cell], kinds: Sequence[str]
+) -> str:
     with_sum = kinds == grid.chunks[-1]
     columns, layers = len(kinds) + with_sum, len(grid.by_layer)
     height = "1.375rem" if layers <= 40 else "1.125rem" if layers <= 64 else "0.95rem"
@@ -226,9 +182,11 @@ def _layer_table(one: _Map, scale: Scale | None, grid: _Grid, kinds: Sequence[st
     )
 
 
-def _strip_table(one: _Map, scale: Scale | None, grid: _Grid, kinds: Sequence[str]) -> str:
+def _strip_table(
+    one: HeatMap[_Cell], scale: Scale | None, grid: Grid[_Cell], kinds: Sequence[str]
+) -> str:
     head = "".join(_column(kind) for kind in kinds)
-    body = "".join(one.cell(scale, grid.cells[(None, kind)]) for kind in kinds)
+    body = "".join(one.cell(scale, grid.cells.get((None, kind))) for kind in kinds)
     return (
         f'<table class="heat strip n{len(kinds)}" style="--n:{len(kinds)};--row:1.6rem">\n'
         "<caption>Outside the layers</caption>\n"
@@ -245,7 +203,7 @@ def _column(kind: str) -> str:
     )
 
 
-def _legend(one: _Map, scale: Scale | None, shown: Sequence[GroupMeasure]) -> str:
+def _legend(one: HeatMap[_Cell], scale: Scale | None, shown: Sequence[_Cell]) -> str:
     parts = ['<div class="legend">']
     if scale is not None:
         labels = scale.labels()
@@ -264,7 +222,7 @@ def _legend(one: _Map, scale: Scale | None, shown: Sequence[GroupMeasure]) -> st
             f'{", ".join(labels)}{one.unit}"><div class="swatches">{shades}</div>'
             f'<div class="ticks">{ticks}</div></div>'
         )
-    if any(one.value(group) == 0 and group.elements for group in shown):
+    if any(one.value(group) == 0 and one.written(group) for group in shown):
         parts.append(f'<span class="key"><i class="still"></i>{one.still}</span>')
     if any(not math.isfinite(one.value(group)) for group in shown):
         parts.append('<span class="key"><i class="bad"></i>not a finite number</span>')
@@ -272,7 +230,7 @@ def _legend(one: _Map, scale: Scale | None, shown: Sequence[GroupMeasure]) -> st
     return "".join(parts)
 
 
-def _open(one: _Map, scale: Scale, shown: Sequence[GroupMeasure]) -> tuple[bool, bool]:
+def _open(one: HeatMap[_Cell], scale: Scale, shown: Sequence[_Cell]) -> tuple[bool, bool]:
     """Whether some value lies below the first boundary, and above the last."""
     values = [one.value(group) for group in shown]
     finite = [value for value in values if math.isfinite(value) and value > 0]

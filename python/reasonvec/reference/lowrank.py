@@ -60,7 +60,16 @@ def lowrank_values(
     work: WorkDtype = "F32",
 ) -> Work:
     """A low-rank tensor [rows, columns] of u [rows, rank], s [rank] and v [rank, columns]: every
-    column of u is first multiplied by its entry of s, in float64."""
+    column of u is first multiplied by its entry of s, in float64. A stack of them, if all three
+    have one more dimension in front."""
     (u_bits, u_dtype), (v_bits, v_dtype) = u, v
+    if s.ndim == 2:
+        found = [
+            lowrank_values((x, u_dtype), w, (y, v_dtype), work=work).astype(np.float64)
+            for x, w, y in zip(u_bits, s, v_bits, strict=True)
+        ]
+        # float64 holds what was rounded to float32 exactly.
+        stacked = np.stack(found)
+        return stacked.astype(np.float32) if work == "F32" else stacked
     left = widen(u_bits, u_dtype, "F64").astype(np.float64) * s
     return product(left, widen(v_bits, v_dtype, "F64").astype(np.float64), 1.0, work)

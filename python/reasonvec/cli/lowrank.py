@@ -1,0 +1,295 @@
+"""What has a rank: compress, from-lora, to-lora, spectrum, factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from reasonvec import open as open_point
+from reasonvec.cli.console import emit, guarded, progress
+from reasonvec.cli.options import (
+    INPUT,
+    Pairs,
+    digest_option,
+    dry_run_option,
+    opened,
+    operands,
+    output_options,
+    overwrite_option,
+    ranking_options,
+    run_options,
+    running_options,
+    selected,
+    selecting_options,
+    sync_option,
+    total,
+    vector_sources,
+)
+
+if TYPE_CHECKING:
+    from reasonvec.run import DigestName
+
+__all__ = ["compress", "factors", "from_lora", "spectrum", "to_lora"]
+
+
+@click.command()
+@click.argument("vectors", type=INPUT, metavar="[V]...", nargs=-1)
+@vector_sources
+@click.option("--out", "-o", type=INPUT, required=True, metavar="W", help="The new folder.")
+@ranking_options
+@click.option("--rescale", is_flag=True, help="Stretch every matrix to the norm that it had.")
+@dry_run_option
+@selecting_options
+@digest_option
+@overwrite_option
+@sync_option
+@running_options
+@output_options
+def compress(
+    vectors: Sequence[Path],
+    pairs: Pairs,
+    base: Path | None,
+    out: Path,
+    rank: int | Literal["auto"],
+    energy: float | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    digest: DigestName,
+    threads: int,
+    memory_budget: int,
+    *,
+    rescale: bool,
+    dry_run: bool,
+    overwrite: bool,
+    sync: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write the sum of the vectors with every matrix as the product of two thin ones.
+
+    What has no rank to cut (biases, norms, embeddings, head) is kept exactly, and so is a matrix
+    that its factors would not make smaller.
+    """
+    from reasonvec.cli.show import show_compress, show_factors_plan
+
+    wanted = rank if energy is None else energy
+    with guarded(), progress("compressing", quiet=quiet or as_json or dry_run) as tell:
+        vector = selected(total(operands(vectors, pairs, base), []), include, exclude)
+        options = run_options(threads, memory_budget, tell)
+        if dry_run:
+            plan = vector.plan_compress(rank=wanted, **options)
+        else:
+            report = vector.compress(
+                out,
+                rank=wanted,
+                rescale=rescale,
+                digest=digest,
+                overwrite=overwrite,
+                sync=sync,
+                **options,
+            )
+    if dry_run:
+        emit(plan.as_json, lambda: show_factors_plan(plan), as_json=as_json, quiet=quiet)
+        return
+    emit(report.as_json, lambda: show_compress(report), as_json=as_json, quiet=quiet)
+
+
+@click.command("from-lora")
+@click.argument("folder", type=INPUT, metavar="DIR")
+@click.option("--base", type=INPUT, metavar="B", help="The checkpoint that it was trained on.")
+@click.option("--out", "-o", type=INPUT, required=True, metavar="V", help="The vector's folder.")
+@digest_option
+@overwrite_option
+@sync_option
+@running_options
+@output_options
+def from_lora(
+    folder: Path,
+    base: Path | None,
+    out: Path,
+    digest: DigestName,
+    threads: int,
+    memory_budget: int,
+    *,
+    overwrite: bool,
+    sync: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write the LoRA adapter DIR as a vector, with its own factors, bit for bit."""
+    from reasonvec import adapter
+    from reasonvec.cli.show import show_compress
+    from reasonvec.lowrank import from_lora as run
+
+    with guarded(), progress("writing", quiet=quiet or as_json) as tell:
+        report = run(
+            adapter(folder, None if base is None else open_point(base)),
+            out,
+            digest=digest,
+            overwrite=overwrite,
+            sync=sync,
+            **run_options(threads, memory_budget, tell),
+        )
+    emit(report.as_json, lambda: show_compress(report), as_json=as_json, quiet=quiet)
+
+
+@click.command("to-lora")
+@click.argument("vectors", type=INPUT, metavar="[V]...", nargs=-1)
+@vector_sources
+@click.option("--out", "-o", type=INPUT, required=True, metavar="DIR", help="The adapter's folder.")
+@ranking_options
+@click.option(
+    "--base-model",
+    metavar="NAME",
+    help="The base that the adapter names, a folder or a hub repository.  [default: the negative "
+    "donor]",
+)
+@dry_run_option
+@selecting_options
+@overwrite_option
+@sync_option
+@running_options
+@output_options
+def to_lora(
+    vectors: Sequence[Path],
+    pairs: Pairs,
+    base: Path | None,
+    out: Path,
+    rank: int | Literal["auto"],
+    energy: float | None,
+    base_model: str | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    threads: int,
+    memory_budget: int,
+    *,
+    dry_run: bool,
+    overwrite: bool,
+    sync: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write the sum of the vectors as a LoRA adapter for PEFT, and say what it cannot carry."""
+    from reasonvec.cli.show import show_factors_plan, show_lora
+
+    wanted = rank if energy is None else energy
+    with guarded(), progress("exporting", quiet=quiet or as_json or dry_run) as tell:
+        vector = selected(total(operands(vectors, pairs, base), []), include, exclude)
+        options = run_options(threads, memory_budget, tell)
+        if dry_run:
+            plan = vector.plan_lora(rank=wanted, **options)
+        else:
+            report = vector.to_lora(
+                out, rank=wanted, base=base_model, overwrite=overwrite, sync=sync, **options
+            )
+    if dry_run:
+        emit(plan.as_json, lambda: show_factors_plan(plan), as_json=as_json, quiet=quiet)
+        return
+    emit(report.as_json, lambda: show_lora(report), as_json=as_json, quiet=quiet)
+
+
+@click.command()
+@click.argument("path", type=INPUT, metavar="[PATH]", required=False)
+@vector_sources
+@click.option("--html", type=INPUT, metavar="FILE", help="One self-contained page with plots.")
+@click.option(
+    "--count",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Singular values of a matrix; all of them where more than these exceed the floor.",
+)
+@click.option("--all-values", is_flag=True, help="Every singular value (slow for large matrices).")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="For the signs of the noise floor."
+)
+@running_options
+@output_options
+def spectrum(
+    path: Path | None,
+    pairs: Pairs,
+    base: Path | None,
+    html: Path | None,
+    count: int,
+    seed: int,
+    threads: int,
+    memory_budget: int,
+    *,
+    all_values: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Singular values of a vector or a checkpoint against the noise floor, by layer and module."""
+    from reasonvec.cli.show import show_spectra
+
+    with guarded(), progress("decomposing", quiet=quiet or as_json) as tell:
+        report = opened(path, pairs, base).spectrum(
+            count=None if all_values else count,
+            seed=seed,
+            **run_options(threads, memory_budget, tell),
+        )
+        if html is not None:
+            from reasonvec._reasonvec import write_whole
+            from reasonvec.page import spectrum_page
+
+            write_whole(html, spectrum_page(report).encode(), sync=False)
+    emit(report.as_json, lambda: show_spectra(report, html), as_json=as_json, quiet=quiet)
+
+
+@click.command()
+@click.argument("model", type=INPUT, metavar="MODEL")
+@click.option("--out", "-o", type=INPUT, required=True, metavar="FILE", help="The factor file.")
+@click.option("--rank", type=click.IntRange(min=1), required=True, help="Triplets of each matrix.")
+@click.option(
+    "--which",
+    type=click.Choice(["bottom", "top", "both"]),
+    default="bottom",
+    show_default=True,
+    help="The smallest, exact (KaSA, MiLoRA), or the largest (PiSSA).",
+)
+@selecting_options
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="For the random matrix of the largest."
+)
+@running_options
+@output_options
+def factors(
+    model: Path,
+    out: Path,
+    rank: int,
+    which: Literal["bottom", "top", "both"],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    seed: int,
+    threads: int,
+    memory_budget: int,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """The largest or smallest singular triplets of MODEL's matrices, for adapters to start from.
+
+    What FILE has already, of the same tensors at the same rank, is kept. Embeddings, head, norms
+    and routers are left out unless --include finds them.
+    """
+    from reasonvec.cli.show import show_factors
+    from reasonvec.factors import write_factors
+
+    made: set[str] = set()
+    with guarded(), progress("factoring", quiet=quiet or as_json) as tell:
+        written = write_factors(
+            open_point(model),
+            out,
+            rank=rank,
+            which=which,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            tell=made.add,
+            **run_options(threads, memory_budget, tell),
+        )
+    report = {"file": str(out), "made": len(made), "tensors": written.rows}
+    emit(lambda: report, lambda: show_factors(written, len(made)), as_json=as_json, quiet=quiet)

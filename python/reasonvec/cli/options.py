@@ -1,0 +1,266 @@
+"""The options that commands share, and what their values mean.
+
+A block of options that several commands take is one decorator here; the order in which a command
+names the blocks is the order of its help.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
+
+import click
+
+from reasonvec import open as open_point
+from reasonvec.run import Progress, RunOptions
+
+if TYPE_CHECKING:
+    from reasonvec.algebra import Checkpoint, Vector
+
+__all__ = [
+    "INPUT",
+    "Pairs",
+    "digest_option",
+    "dry_run_option",
+    "nonfinite_option",
+    "opened",
+    "operands",
+    "output_options",
+    "overwrite_option",
+    "placing_options",
+    "prefixes",
+    "ranking_options",
+    "run_options",
+    "running_options",
+    "selected",
+    "selecting_options",
+    "sync_option",
+    "total",
+    "vector_sources",
+]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+Pairs: TypeAlias = Sequence[tuple[Path, Path]]
+
+INPUT = click.Path(path_type=Path)
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def _size(context: click.Context, parameter: click.Parameter, text: str) -> int:
+    """Bytes from "64MiB", "1G", "500MB" or "1048576"; units are binary, as for memory."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if found is None:
+        message = f"expected a size such as 64MiB or 1GiB, found {text!r}"
+        raise click.BadParameter(message, context, parameter)
+    size = int(float(found[1]) * _UNITS[found[2].upper()])
+    if size >= 1 << 63:
+        message = f"expected a size that some memory has, found {text!r}"
+        raise click.BadParameter(message, context, parameter)
+    return size
+
+
+def _rank(context: click.Context, parameter: click.Parameter, text: str) -> int | str:
+    """A number of triplets, or "auto"."""
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        message = f"expected auto, or 1 or more, found {text!r}"
+        raise click.BadParameter(message, context, parameter)
+    return int(text)
+
+
+_FROM = click.option(
+    "--from",
+    "pairs",
+    type=(INPUT, INPUT),
+    multiple=True,
+    metavar="P N",
+    help="The difference of two checkpoints in place of a vector; nothing is written in between.",
+)
+_BASE = click.option(
+    "--base",
+    type=INPUT,
+    metavar="B",
+    help="The checkpoint that the adapters among V were trained on.  [default: the one that "
+    "adapter_config.json names, if it is a folder here]",
+)
+_RANK = click.option(
+    "--rank",
+    callback=_rank,
+    default="auto",
+    show_default=True,
+    metavar="N|auto",
+    help="Triplets of each matrix; auto takes those above the noise of storing it.",
+)
+_ENERGY = click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="In place of --rank: the fewest triplets with this share of the sum of squares.",
+)
+_INCLUDE = click.option(
+    "--include",
+    multiple=True,
+    metavar="REGEX",
+    help="Only tensors whose name this finds; repeatable.",
+)
+_EXCLUDE = click.option(
+    "--exclude", multiple=True, metavar="REGEX", help="No tensor whose name this finds; repeatable."
+)
+_VOCAB = click.option(
+    "--vocab",
+    type=click.Choice(["strict", "skip", "match-tokens"]),
+    default="strict",
+    show_default=True,
+    help="What to do with embeddings and head if vocabularies differ.",
+)
+_MISSING = click.option(
+    "--missing",
+    type=click.Choice(["error", "skip"]),
+    default="error",
+    show_default=True,
+    help="What a tensor is that one side lacks.",
+)
+_MAP_PREFIX = click.option(
+    "--map-prefix",
+    multiple=True,
+    metavar="A=B",
+    help="Target names that begin with A read the vector's under B; repeatable.",
+)
+_THREADS = click.option(
+    "--threads",
+    "-j",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Workers.  [default: one per processor]",
+)
+_MEMORY_BUDGET = click.option(
+    "--memory-budget",
+    callback=_size,
+    metavar="SIZE",
+    default="64MiB",
+    show_default=True,
+    help="Memory that the workers may hold together.",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+_QUIET = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+
+digest_option = click.option(
+    "--digest",
+    type=click.Choice(["xxh3-128", "blake3", "none"]),
+    default="xxh3-128",
+    show_default=True,
+    help="xxh3-128 detects damage, blake3 forgery too.",
+)
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Say what would happen, and every problem; write nothing."
+)
+nonfinite_option = click.option(
+    "--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass."
+)
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace an earlier output of reasonvec in the folder."
+)
+sync_option = click.option(
+    "--sync/--no-sync",
+    default=True,
+    show_default=True,
+    help="Flush files to the disk before they get their final names.",
+)
+
+
+def vector_sources(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`--from P N`, repeatable: a difference where a vector may stand; `--base`, for adapters."""
+    return _FROM(_BASE(command))
+
+
+def ranking_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`--rank`, `--energy`."""
+    return _RANK(_ENERGY(command))
+
+
+def selecting_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`--include`, `--exclude`."""
+    return _INCLUDE(_EXCLUDE(command))
+
+
+def placing_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """How a vector is laid onto a target."""
+    return _VOCAB(_MISSING(_MAP_PREFIX(command)))
+
+
+def running_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """How a pass is run."""
+    return _THREADS(_MEMORY_BUDGET(command))
+
+
+def output_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`--json`, `--quiet`."""
+    return _JSON(_QUIET(command))
+
+
+def run_options(threads: int, memory_budget: int, tell: Progress | None) -> RunOptions:
+    """The keywords that every pass takes."""
+    return {"threads": threads, "memory_budget": memory_budget, "progress": tell}
+
+
+def selected(vector: Vector, include: Sequence[str], exclude: Sequence[str]) -> Vector:
+    """What `selecting_options` leave of it."""
+    return vector.where(include=include, exclude=exclude) if include or exclude else vector
+
+
+def operands(
+    vectors: Sequence[Path], pairs: Pairs, base: Path | None, *, only: int | None = None
+) -> list[Vector]:
+    """The vectors of a command line: folders, of vectors or of adapters, then differences."""
+    from reasonvec import adapter, load
+    from reasonvec.adapter import is_adapter
+
+    found = len(vectors) + len(pairs)
+    if not found or (only is not None and found != only):
+        wanted = {None: "at least one vector", 1: "one vector", 2: "two vectors"}[only]
+        message = f"expected {wanted} (a folder, or --from POSITIVE NEGATIVE), found {found}"
+        raise click.UsageError(message)
+    point = None if base is None else open_point(base)
+    folders = [adapter(path, point) if is_adapter(path) else load(path) for path in vectors]
+    return folders + [open_point(p) - open_point(n) for p, n in pairs]
+
+
+def opened(path: Path | None, pairs: Pairs, base: Path | None) -> Vector | Checkpoint:
+    """The one thing that a command line names: a checkpoint, or one of `operands`."""
+    from reasonvec.adapter import is_adapter
+    from reasonvec.folders import is_vector
+
+    if path is not None and not pairs and not is_vector(path) and not is_adapter(path):
+        return open_point(path)
+    if path is None and not pairs:
+        message = "expected a vector, a checkpoint or --from POSITIVE NEGATIVE, found nothing"
+        raise click.UsageError(message)
+    return operands([] if path is None else [path], pairs, base, only=1)[0]
+
+
+def total(vectors: list[Vector], alphas: Sequence[float]) -> Vector:
+    """Their sum, the first ones times their alphas."""
+    if len(alphas) > len(vectors):
+        message = f"--alpha was given {len(alphas)} times for {len(vectors)} vectors"
+        raise click.UsageError(message)
+    scaled = [a * v for a, v in zip(alphas, vectors, strict=False)] + vectors[len(alphas) :]
+    summed = scaled[0]
+    for vector in scaled[1:]:
+        summed = summed + vector
+    return summed
+
+
+def prefixes(values: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of `--map-prefix`."""
+    found = []
+    for value in values:
+        target, equals, vector = value.partition("=")
+        if not equals:
+            message = f"--map-prefix takes A=B, found {value!r}"
+            raise click.UsageError(message)
+        found.append((target, vector))
+    return found
