@@ -34,7 +34,8 @@ enum Rule {
     /// Select, calculate, erase (arXiv 2408.07990, section 3.2). With `mean = (d_1 + d_2 + ...) / n` and the spread `(d_1 - mean)^2 + (d_2 - mean)^2 + ...`, all in the
     /// work type, the positions of the `int(share * those not zero)` largest spreads are selected; `w_i` is the sum of `d_i^2` over them, divided by the sum of those
     /// sums in f64; only what has the sign of `d_1 + d_2 + ...` counts in their weighted mean.
-    Sce { agreement: Agreement },
+    /// Where the sums are less than `floor` on average per element, together, the weights are equal.
+    Sce { agreement: Agreement, floor: f64 },
     /// arXiv 2601.13572. The sum of the `d_i` above `epsilon`, in order, over the number that moved; what one model moved alone is first multiplied by
     /// `1 + r * clip(shared_i / alone_i, 0, alpha)` (f64, rounded once) with `plus`.
     Ram { plus: bool, epsilon: f64, r: f64, alpha: f64 },
@@ -185,7 +186,8 @@ impl Mask {
                     if d >= 1.0 {
                         return Choice::All;
                     }
-                    let scale = if *rescale == Rescale::Density { 1.0 / d } else { 1.0 };
+                    // Of a density of 0 nothing stays, so nothing is rescaled.
+                    let scale = if *rescale == Rescale::Density && d > 0.0 { 1.0 / d } else { 1.0 };
                     Choice::Random { generator: generator(*seed, shape.name, i), bound: word_bound(d), scale }
                 };
                 if *rescale == Rescale::L1 && density.iter().any(|&d| d < 1.0) {
@@ -208,12 +210,13 @@ impl Mask {
                 let agreement = Agreement { elect: *consensus, normalize: *normalize, lambda: *lambda };
                 Rule::Chosen { choices: density.iter().zip(epsilon).enumerate().map(choice).collect(), agreement }
             }
-            MethodPlan::Sce { select_topk, lambda } => {
+            MethodPlan::Sce { select_topk, lambda, floor } => {
                 if *select_topk < 1.0 {
                     searches.push(Search::of_nonzero(*select_topk, n));
                     over.push(0);
                 }
-                Rule::Sce { agreement: Agreement { elect: true, normalize: true, lambda: *lambda } }
+                let agreement = Agreement { elect: true, normalize: true, lambda: *lambda };
+                Rule::Sce { agreement, floor: *floor }
             }
             MethodPlan::Ram { plus, epsilon, r, alpha } => {
                 if *plus {
@@ -426,9 +429,15 @@ impl Mask {
                 };
                 models.map(scale).collect()
             }
-            Rule::Sce { .. } => {
+            Rule::Sce { floor, .. } => {
                 let total = sums.iter().fold(0.0, |sum, x| sum + x);
-                sums.iter().map(|x| if total == 0.0 { 0.0 } else { x / total }).collect()
+                let equal = total < floor * self.elements as f64;
+                let weight = |x: &f64| match total {
+                    0.0 => 0.0,
+                    _ if equal => 1.0 / sums.len() as f64,
+                    _ => x / total,
+                };
+                sums.iter().map(weight).collect()
             }
             Rule::Ram { plus, r, alpha, .. } => {
                 let factor = |i: usize| match pair(i) {
@@ -887,7 +896,7 @@ impl<W: Work> Update<W> for Combine<'_, W> {
                 }
                 consensus(level, *agreement, &mask.weights, &mut self.scratch.lanes, u);
             }
-            Rule::Sce { agreement } => {
+            Rule::Sce { agreement, .. } => {
                 let sign = &mut self.scratch.lanes.more[2][..n];
                 sign.fill(W::ZERO);
                 for input in &self.scratch.lanes.inputs[..models] {

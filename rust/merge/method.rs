@@ -58,6 +58,9 @@ pub enum MethodPlan {
         /// Whether each row is a vector.
         #[serde(default)]
         filter_wise: bool,
+        /// Products of two norms count as this much at least.
+        #[serde(default)]
+        floor: f64,
     },
     /// Trimmed by magnitude, then the sum of those that agree in sign.
     Ties {
@@ -133,6 +136,9 @@ pub enum MethodPlan {
         /// Share of positions that is kept.
         #[serde(default = "one")]
         select_topk: f64,
+        /// Where the mean squares of all models add up to less than this, all weigh the same.
+        #[serde(default)]
+        floor: f64,
         /// What the result is multiplied by.
         #[serde(default = "one")]
         lambda: f64,
@@ -287,8 +293,9 @@ impl MethodPlan {
             Self::Ties { lambda, .. }
             | Self::Dare { lambda, .. }
             | Self::Della { lambda, .. }
-            | Self::Breadcrumbs { lambda, .. }
-            | Self::Sce { lambda, .. } => &[("lambda", *lambda)],
+            | Self::Breadcrumbs { lambda, .. } => &[("lambda", *lambda)],
+            Self::ModelStock { floor, .. } => &[("floor", *floor)],
+            Self::Sce { lambda, floor, .. } => &[("lambda", *lambda), ("floor", *floor)],
             Self::Ram { epsilon, r, alpha, .. } => &[("epsilon", *epsilon), ("r", *r), ("alpha", *alpha)],
             _ => &[],
         };
@@ -299,11 +306,6 @@ impl MethodPlan {
             && *t < 0.0
         {
             return Some(format!("{name}: t is {t}, it is a distance"));
-        }
-        if let Self::Dare { density, rescale: Rescale::Density, .. } = self
-            && density.contains(&0.0)
-        {
-            return Some(format!("{name}: a density of 0 keeps nothing that could be rescaled; leave the model out"));
         }
         None
     }

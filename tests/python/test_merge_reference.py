@@ -52,6 +52,10 @@ CASES: dict[str, tuple[dict[str, object], bool, int, Update]] = {
         {"kind": "model_stock", "filter_wise": True}, True, 3,
         lambda x, b, c, n: ref.model_stock(x, b, c, True),
     ),
+    "model_stock floor": (
+        {"kind": "model_stock", "filter_wise": True, "floor": 1e-3}, True, 3,
+        lambda x, b, c, n: ref.model_stock(x, b, c, True, 1e-3),
+    ),
     "ties": (
         {"kind": "ties", "density": DENSITY} | EVEN, True, 3,
         lambda x, b, c, n: ref.ties(x, b, WEIGHTS, DENSITY, True, 0.7),
@@ -63,6 +67,10 @@ CASES: dict[str, tuple[dict[str, object], bool, int, Update]] = {
     "sce all": (
         {"kind": "sce", "select_topk": 1.0, "lambda": 1.0}, True, 3,
         lambda x, b, c, n: ref.sce(x, b),
+    ),
+    "sce floor": (
+        {"kind": "sce", "select_topk": 0.4, "lambda": 1.0, "floor": 1.0}, True, 3,
+        lambda x, b, c, n: ref.sce(x, b, 0.4, 1.0, 1.0),
     ),
     "ram": (
         {"kind": "ram", "plus": False, "epsilon": 0.002, "r": 0.1, "alpha": 0.2}, True, 3,

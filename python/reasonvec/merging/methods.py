@@ -326,7 +326,11 @@ class ModelStock(Method):
     filter_wise: Parameter = False
 
     def plan(self, read: Reader, models: int) -> Json:
-        return {"kind": "model_stock", "filter_wise": _flag(read, "filter_wise", False)}
+        return {
+            "kind": "model_stock",
+            "filter_wise": _flag(read, "filter_wise", False),
+            **_floor(read),
+        }
 
 
 # ---- mask: each element is kept or not
@@ -471,6 +475,7 @@ class Sce(Method):
             "kind": "sce",
             "select_topk": _share(read, "select_topk", 1.0),
             "lambda": read.value("lambda", 1.0),
+            **_floor(read),
         }
 
 
@@ -540,6 +545,11 @@ class ArceeFusion(Method):
 
     def plan(self, read: Reader, models: int) -> Json:
         return {"kind": "arcee_fusion"}
+
+
+def _floor(read: Reader) -> Json:
+    # What mergekit takes for zero: products of norms (model_stock), mean squares (sce).
+    return {"floor": 1e-6} if read.numerics == "mergekit" else {}
 
 
 def _rescale(read: Reader) -> str:

@@ -159,7 +159,7 @@ def rescaled(d: Work, stays: Mask, density: float, rescale: Rescale) -> float:
 
     1 / density, or the sum of all magnitudes over the sum of those that stay (1 if it is zero).
     """
-    if rescale == "none":
+    if rescale == "none" or density == 0:
         return 1.0
     if rescale == "density":
         return 1.0 / density
@@ -322,15 +322,22 @@ def breadcrumbs(
     return consensus(vectors, stays, weights, ones, elect, normalize, lambda_)
 
 
-def sce(models: Sequence[Work], base: Work, select_topk: float = 1.0, lambda_: float = 1.0) -> Work:
+def sce(
+    models: Sequence[Work],
+    base: Work,
+    select_topk: float = 1.0,
+    lambda_: float = 1.0,
+    floor: float = 0.0,
+) -> Work:
     """Select, calculate, erase (arXiv 2408.07990).
 
     Select: of the elements whose spread over the models is not zero, the int(select_topk * their
     number) largest; the spread is sum_i (d_i - mean)^2 with mean = sum_i d_i / count, all in W, in
     order. From a select_topk of 1 on, every element. Calculate: w_i = the sum of d_i^2 over the
-    selected elements, divided by the sum of those sums (F64). Erase: the sign is + if the sum of
-    the d_i, in order, is >= 0, else -, and only the d_i != 0 with that sign count; their weighted
-    mean as in `consensus`, with ``normalize``.
+    selected elements, divided by the sum of those sums (F64); all weigh the same where that sum is
+    less than ``floor`` times the number of elements (1e-6 in mergekit). Erase: the sign is + if the
+    sum of the d_i, in order, is >= 0, else -, and only the d_i != 0 with that sign count; their
+    weighted mean as in `consensus`, with ``normalize``.
     """
     vectors = tasks(models, base)
     work = _work_of(base)
@@ -354,7 +361,8 @@ def sce(models: Sequence[Work], base: Work, select_topk: float = 1.0, lambda_: f
         energy.append(fixed_dot(chosen, chosen))
     if _in_order(energy) == 0:
         return zero
-    weights = normalized(energy)
+    equal = _in_order(energy) < floor * base.size
+    weights = [1.0 / len(vectors)] * len(vectors) if equal else normalized(energy)
     positive = total >= 0
     stays = [selected & np.where(positive, d > 0, d < 0) for d in vectors]
     return consensus(vectors, stays, weights, [1.0] * len(vectors), True, True, lambda_)
