@@ -53,25 +53,27 @@ impl Philox {
         reason = "one index runs through four arrays, which compilers turn into lanes"
     )]
     pub fn words_of<const L: usize>(self, counter: u64) -> [[u32; 4]; L] {
-        let mut x = [[0u32; L]; 4];
+        // Words in the lower halves of 64-bit lanes, whatever is above them: what the multiplier takes, without moving anything.
+        const LOW: u64 = 0xFFFF_FFFF;
+        let mut x = [[0u64; L]; 4];
         for j in 0..L {
             let counter = counter.wrapping_add(j as u64);
-            x[0][j] = counter as u32;
-            x[1][j] = (counter >> 32) as u32;
+            x[0][j] = counter;
+            x[1][j] = counter >> 32;
         }
         let mut key = self.key;
         for _ in 0..10 {
             for j in 0..L {
-                let a = u64::from(MULTIPLIERS[0]) * u64::from(x[0][j]);
-                let b = u64::from(MULTIPLIERS[1]) * u64::from(x[2][j]);
-                x[0][j] = (b >> 32) as u32 ^ x[1][j] ^ key[0];
-                x[2][j] = (a >> 32) as u32 ^ x[3][j] ^ key[1];
-                x[1][j] = b as u32;
-                x[3][j] = a as u32;
+                let a = u64::from(MULTIPLIERS[0]) * (x[0][j] & LOW);
+                let b = u64::from(MULTIPLIERS[1]) * (x[2][j] & LOW);
+                x[0][j] = (b >> 32) ^ x[1][j] ^ u64::from(key[0]);
+                x[2][j] = (a >> 32) ^ x[3][j] ^ u64::from(key[1]);
+                x[1][j] = b;
+                x[3][j] = a;
             }
             key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
         }
-        std::array::from_fn(|j| [x[0][j], x[1][j], x[2][j], x[3][j]])
+        std::array::from_fn(|j| [x[0][j] as u32, x[1][j] as u32, x[2][j] as u32, x[3][j] as u32])
     }
 
     /// Standard normal deviates `2j` and `2j + 1` (Box-Muller).

@@ -167,9 +167,8 @@ impl Gram {
         elements: &Range<u64>,
     ) -> Result<()> {
         let n = (elements.end - elements.start) as usize;
-        points.base(&mut lanes.base[..n], elements);
         for i in 0..points.readers.len() {
-            let finite = points.input(i, &mut lanes.inputs[i][..n], &lanes.base[..n], elements)?;
+            let finite = points.input(i, &mut lanes.inputs[i][..n], &mut lanes.base[..n], elements)?;
             worker.check::<W>(job, finite, elements)?;
         }
         Ok(())
@@ -330,7 +329,6 @@ impl<W: Work> Update<W> for Combine<'_, W> {
         let (level, inputs) = (points.level, self.gram.weights.len());
         let Lanes { base, inputs: values, .. } = &mut *self.lanes;
         let (base, value) = (&mut base[..u.len()], &mut values[0][..u.len()]);
-        points.base(base, &elements);
         for i in 0..inputs {
             points.input(i, value, base, &elements)?;
             match self.gram.unit {

@@ -234,6 +234,11 @@ impl MethodPlan {
         }
     }
 
+    /// Whether it adds up what stays of task vectors, times weights.
+    pub(super) fn weighs(&self) -> bool {
+        matches!(self, Self::Ties { .. } | Self::Dare { .. } | Self::Della { .. } | Self::Breadcrumbs { .. })
+    }
+
     fn base(&self) -> Base {
         match self {
             Self::Linear {} | Self::Nuslerp { .. } | Self::Multislerp { .. } => Base::Allowed,

@@ -32,8 +32,8 @@ from shards import read_checkpoint
 
 import reasonvec as rv
 from reasonvec import reference as ref
-from reasonvec.merging.methods import Numerics
-from reasonvec.reference import Dtype
+from reasonvec.merging.methods import METHODS, Numerics
+from reasonvec.reference import Dtype, Work
 
 pytestmark = [
     pytest.mark.skipif(
@@ -107,18 +107,19 @@ def ordinals(bits: NDArray[np.unsignedinteger]) -> NDArray[np.int64]:
     return np.where(bits >> bits.dtype.type(width) == 1, -size, size)
 
 
-def units(recipe: Recipe, family: Family, name: str) -> NDArray[np.float64]:
-    """One unit in the last place of F32 at the largest operand of every element."""
+def units(recipe: Recipe, family: Family, name: str, dtype: Dtype = "F32") -> NDArray[np.float64]:
+    """One unit in the last place of a format at the largest operand of every element."""
     sizes = [np.abs(family.values(i, name)) for i in {*recipe.models, recipe.base or 0}]
     _, exponent = np.frexp(np.maximum.reduce(sizes).astype(np.float64))
-    return np.ldexp(1.0, exponent - 24)
+    return np.ldexp(1.0, exponent - {"BF16": 8, "F16": 11, "F32": 24}[dtype])
 
 
-def spread(recipe: Recipe, family: Family, name: str) -> list[NDArray[np.float32]]:
+def spread(recipe: Recipe, family: Family, name: str) -> list[Work]:
     """What a method that keeps the largest of something orders its elements by."""
     assert recipe.base is not None
     base = family.values(recipe.base, name)
-    moves = [(family.values(i, name) - base).astype(np.float32) for i in recipe.models]
+    models = [family.values(i, name) for i in recipe.models]
+    moves = ref.tasks(models, base, None if recipe.dtype == "F32" else recipe.dtype)
     if recipe.method != "sce":
         return [np.abs(d) for d in moves]
     mean = (sum(moves[1:], moves[0]) / np.float32(len(moves))).astype(np.float32)
@@ -311,6 +312,32 @@ def test_any_parameters_agree(
     """Any weights, densities, thresholds, formats and models."""
     family = make_models(tmp_path_factory.mktemp("drawn"), architecture, dtypes, seed)
     agree(both, recipe[0], replace(recipe[1], out_dtype=out), family)
+
+
+def test_task_arithmetic_is_equal_in_f32(both: Both, tmp_path: Path) -> None:
+    """With its numerics the order of operations is mergekit's, and so is every bit."""
+    family = make_models(tmp_path, "llama", ["F32"] * 4, seed=1)
+    for name in ("task_arithmetic", "task_arithmetic mean"):
+        ours, theirs = both.merge(RECIPES[name], family, "mergekit")
+        assert ours == theirs, name
+
+
+@pytest.mark.parametrize("work", ["BF16", "F16"])
+def test_work_in_16_bits(work: Dtype, both: Both, tmp_path: Path) -> None:
+    """With ``dtype: bfloat16`` mergekit rounds after every step. With its numerics we do the same
+    where steps are known; elsewhere we round once, and are within four units of the largest
+    operand."""
+    family = make_models(tmp_path, "llama", [work] * 4, seed=1)
+    for name, recipe in RECIPES.items():
+        if METHODS[recipe.method].stepwise:
+            agree(both, name, replace(recipe, dtype=work), family, "mergekit")
+    for name in ("linear", "slerp", "nuslerp", "karcher", "model_stock", "nearswap"):
+        recipe = replace(RECIPES[name], dtype=work)
+        ours, theirs = both.merge(recipe, family)
+        for key in theirs:
+            a, b = (ref.widen(x[key].bits, work, "F64") for x in (ours, theirs))
+            far = np.abs(a - b) > 4 * units(recipe, family, key, work)
+            assert np.count_nonzero(far) <= 1 + 0.0005 * far.size, (name, key)
 
 
 @pytest.mark.parametrize("numerics", ["default", "mergekit"])

@@ -113,7 +113,7 @@ def _shard_size(context: click.Context, parameter: click.Parameter, text: str) -
     type=click.Choice(["default", "mergekit"]),
     default="default",
     show_default=True,
-    help="Whose rounding of weights and rescaling of what is dropped.",
+    help="Whose rounding of steps, rescaling of what is dropped, and zeros.",
 )
 @click.option(
     "--random-seed",

@@ -74,13 +74,14 @@ class Coefficients:
 @dataclass(frozen=True, slots=True)
 class Method:
     """What all methods have. ``models`` are the fewest and the most that it takes, the base of a
-    "needed" or "optional" rule not counted; ``elects``: signs are elected, as TIES does."""
+    "needed" or "optional" rule not counted; ``stepwise``: mergekit rounds the weights and every
+    step to the working dtype, as its runs show."""
 
     name: ClassVar[str]
     base: ClassVar[BaseRule] = "none"
     models: ClassVar[tuple[int, int | None]] = (1, None)
     weighted: ClassVar[bool] = False
-    elects: ClassVar[bool] = False
+    stepwise: ClassVar[bool] = False
 
     def parameters(self) -> dict[str, Parameter]:
         """What this instance says itself, by the names that a YAML has."""
@@ -200,6 +201,7 @@ class TaskArithmetic(LinearMethod):
     name: ClassVar[str] = "task_arithmetic"
     base: ClassVar[BaseRule] = "needed"
     weighted: ClassVar[bool] = True
+    stepwise: ClassVar[bool] = True
     normalize: Parameter = False
     lambda_: Parameter = 1.0
 
@@ -209,6 +211,15 @@ class TaskArithmetic(LinearMethod):
         return Coefficients(
             [scale * w for w in _normalised(weights, read, default=False)], differences=True
         )
+
+    def plan(self, read: Reader, models: int) -> Json:
+        # Nothing is dropped; but the steps are mergekit's, and can be rounded.
+        return {
+            "kind": "dare",
+            "density": [1.0] * models,
+            "normalize": _flag(read, "normalize", False),
+            "lambda": read.value("lambda", 1.0),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,9 +352,9 @@ class Ties(Method):
     """Trim, elect sign, merge (arXiv 2306.01708)."""
 
     name: ClassVar[str] = "ties"
-    elects: ClassVar[bool] = True
     base: ClassVar[BaseRule] = "needed"
     weighted: ClassVar[bool] = True
+    stepwise: ClassVar[bool] = True
     density: Parameter = 1.0
     normalize: Parameter = True
     lambda_: Parameter = 1.0
@@ -364,6 +375,7 @@ class DareLinear(Method):
     name: ClassVar[str] = "dare_linear"
     base: ClassVar[BaseRule] = "needed"
     weighted: ClassVar[bool] = True
+    stepwise: ClassVar[bool] = True
     density: Parameter = 1.0
     normalize: Parameter = False
     rescale: Parameter = True
@@ -386,7 +398,6 @@ class DareTies(DareLinear):
     """As `DareLinear`, with the sign election of TIES."""
 
     name: ClassVar[str] = "dare_ties"
-    elects: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,6 +409,7 @@ class DellaLinear(Method):
     name: ClassVar[str] = "della_linear"
     base: ClassVar[BaseRule] = "needed"
     weighted: ClassVar[bool] = True
+    stepwise: ClassVar[bool] = True
     density: Parameter = 1.0
     epsilon: Parameter = 0.15
     normalize: Parameter = False
@@ -423,7 +435,6 @@ class Della(DellaLinear):
     """As `DellaLinear`, with the sign election of TIES."""
 
     name: ClassVar[str] = "della"
-    elects: ClassVar[bool] = True
     normalize: Parameter = True
 
 
@@ -435,6 +446,7 @@ class Breadcrumbs(Method):
     name: ClassVar[str] = "breadcrumbs"
     base: ClassVar[BaseRule] = "needed"
     weighted: ClassVar[bool] = True
+    stepwise: ClassVar[bool] = True
     density: Parameter = 1.0
     gamma: Parameter = 0.01
     normalize: Parameter = False
@@ -457,7 +469,6 @@ class BreadcrumbsTies(Breadcrumbs):
     """As `Breadcrumbs`, with the sign election of TIES."""
 
     name: ClassVar[str] = "breadcrumbs_ties"
-    elects: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,8 +116,8 @@ class _Reader:
     ramp: float
     numerics: Numerics
     seed: int
-    rounding: str | None
-    elects: bool
+    steps: str | None
+    """The format that every step is rounded to, if any."""
 
     def value(self, key: str, default: float, model: int | None = None) -> float:
         levels = self.levels if model is None else [self.models[model].settings, *self.levels]
@@ -132,23 +132,18 @@ class _Reader:
                 "parameters, or one for all under the parameters of the whole"
             )
             raise ReasonvecError(message)
-        # mergekit casts the weights to the working dtype. Its runs show the effect in the methods
-        # that elect signs; in the others casting them here leads further away (docs/methods).
-        casts = self.numerics == "mergekit" and self.elects
-        return _rounded(found, self.rounding) if casts else found
+        return found if self.steps is None else _rounded(found, self.steps)
 
 
-def _rounded(value: float, dtype: str | None) -> float:
-    """A number as a tensor of the working dtype holds it."""
+def _rounded(value: float, dtype: str) -> float:
+    """A number as a tensor of 16 bits holds it."""
     import numpy as np
 
-    if dtype == "float16":
+    if dtype == "F16":
         return float(np.float16(value))
-    if dtype == "bfloat16":
-        bits = int(np.float32(value).view(np.uint32))
-        bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16
-        return float(np.uint32(bits & 0xFFFFFFFF).view(np.float32))
-    return float(np.float32(value))
+    bits = int(np.float32(value).view(np.uint32))
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16
+    return float(np.uint32(bits & 0xFFFFFFFF).view(np.float32))
 
 
 @dataclass
@@ -491,6 +486,7 @@ class _Planner:
         method: Json | None,
         why: str | None = None,
         inputs: tuple[str, ...] = (),
+        steps: str | None = None,
     ) -> MergedTensor:
         plan: Json = {
             "name": name,
@@ -502,6 +498,8 @@ class _Planner:
         }
         if method is not None:
             plan["method"] = method
+        if steps is not None:
+            plan["steps"] = steps
         return MergedTensor(name, info.dtype, shape, plan, inputs, why, info.dtype)
 
     def _tensor(
@@ -558,8 +556,7 @@ class _Planner:
             ramp,
             self.numerics,
             self.seed,
-            self.merge.dtype,
-            self.merge.method.elects,
+            self._steps(info),
         )
         labels = tuple(m.input.label for m in here)
         try:
@@ -570,7 +567,16 @@ class _Planner:
                 self.told.add(str(error))
                 self.error("parameter", f"{error} (first at {out})", out)
             target, terms, method = None, [], None
-        return self._settled(info, out, shape, target, terms, [], method, None, labels)
+        steps = None if method is None else reader.steps
+        return self._settled(info, out, shape, target, terms, [], method, None, labels, steps)
+
+    def _steps(self, info: TensorInfo) -> str | None:
+        """The 16 bits that mergekit would compute in: it rounds after every step, and before the
+        first."""
+        if self.numerics != "mergekit" or not self.merge.method.stepwise:
+            return None
+        working = info.dtype if self.merge.dtype is None else _DTYPES[self.merge.dtype]
+        return working if working in {"BF16", "F16"} else None
 
     def _combined(
         self, part: _Slice, name: str, layer: int | None, reader: _Reader, rows: Vocabulary | None
@@ -584,7 +590,8 @@ class _Planner:
                 terms if rows is None else lay_rows(rows, model.input, name, terms, self.operands)
             )
 
-        if isinstance(method, LinearMethod):
+        steps = self.numerics == "mergekit" and method.stepwise
+        if isinstance(method, LinearMethod) and not steps:
             said = method.coefficients(reader, len(models))
             if not said.differences:
                 terms = [
