@@ -255,6 +255,16 @@ impl Search {
             .get_or_insert_with(|| Arc::new(Pass::new(lo, hi, zeros)));
     }
 
+    /// Takes part in another search's pass over the same stream, if it is the same: neighbouring ranks have one bracket.
+    pub fn join(&self, other: &Self) {
+        let Some(theirs) = other.pass() else { return };
+        let mut own = self.pass.write().unwrap_or_else(PoisonError::into_inner);
+        let same = |p: &Arc<Pass>| (p.lo, p.hi, p.zeros) == (theirs.lo, theirs.hi, theirs.zeros);
+        if own.as_ref().is_some_and(same) {
+            *own = Some(theirs);
+        }
+    }
+
     /// Ends a pass that has seen the whole stream: there is an answer now, or the next pass.
     pub fn end_pass<W: Work>(&self) {
         let Some(pass) = self.pass() else { return };

@@ -5,12 +5,12 @@
 //! [`kernel::dot`](crate::simd::kernel::dot). Random choices are a function of seed, tensor name, model index and element index.
 
 use std::ops::Range;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::bf16::Work;
 use crate::dtype::Dtype;
 use crate::philox::{Philox, splitmix64};
-use crate::select::{Order, Search, Tally, magnitude, passes, places, top};
+use crate::select::{Order, Pass, Search, Tally, magnitude, passes, places, top};
 use crate::simd::Level;
 use crate::simd::dispatch::{self, Band, Draw, MICRO, with_element};
 use crate::stream::{BLOCK, Tile};
@@ -115,6 +115,7 @@ pub(super) struct Scratch<W> {
     pub(super) lanes: Lanes<W>,
     tallies: Vec<Tally>,
     words: Vec<u32>,
+    lasts: Vec<u32>,
     bounds: Vec<Bound>,
     /// What the rows that a block has a part in leave of each input, and where the block begins in them.
     chosen: Vec<Vec<W>>,
@@ -265,6 +266,12 @@ impl Mask {
             diverged: OnceLock::new(),
             fence: OnceLock::new(),
         };
+        if mask.ranks() && mask.row > 1 << 32 {
+            return Err(Error::mismatch(
+                shape.name,
+                format!("rows of {} elements are too long to be ranked", mask.row),
+            ));
+        }
         if !mask.stages.contains(&Stage::Sums) {
             mask.solve_sums(&[]);
         }
@@ -305,7 +312,7 @@ impl Mask {
             Rule::Fusion => self.row * 4 * 8 + BLOCK * 2 * work,
             _ => 0,
         };
-        sample + rows + self.searches.len() as u64 * size_of::<Tally>() as u64 + MICRO as u64 * 4
+        sample + rows + self.searches.len() as u64 * size_of::<Tally>() as u64 + MICRO as u64 * 8
     }
 
     pub(super) fn give_up(&self) {
@@ -469,8 +476,11 @@ impl Mask {
                 }
             }
         }
-        for (search, &input) in self.searches.iter().zip(&self.over) {
+        for (i, (search, &input)) in self.searches.iter().zip(&self.over).enumerate() {
             search.begin(&samples[input]);
+            if i > 0 && self.over[i - 1] == input {
+                search.join(&self.searches[i - 1]);
+            }
         }
         Ok(())
     }
@@ -491,20 +501,11 @@ impl Mask {
         for (i, input) in inputs.iter_mut().enumerate() {
             finite &= points.input(i, &mut input[here.clone()], &mut base[here.clone()], elements)?;
         }
-        let [first, second, _] = more;
+        let [first, ..] = more;
         match &self.rule {
             Rule::Sce { .. } if !self.searches.is_empty() => {
-                // The mean of the inputs, and how far they are from it.
-                let (spread, mean) = (&mut first[here.clone()], &mut second[here.clone()]);
-                mean.fill(W::ZERO);
-                for input in &*inputs {
-                    dispatch::add(level, mean, &input[here.clone()]);
-                }
-                dispatch::divide_all(level, mean, W::from_f64(self.weights.len() as f64));
-                spread.fill(W::ZERO);
-                for input in &*inputs {
-                    dispatch::add_spread(level, spread, &input[here.clone()], mean);
-                }
+                // How far the inputs are from their mean.
+                dispatch::spread(level, &mut first[here.clone()], inputs, here.start);
             }
             Rule::Fusion => {
                 let found = self.diverged.get().map_or(&[][..], Vec::as_slice);
@@ -530,7 +531,13 @@ impl Mask {
 
     /// A pass of every search that has one to make.
     fn count<W: Work>(&self, worker: Worker<'_>, job: &Job, tile: &Tile, scratch: &mut Scratch<W>) -> Result<()> {
-        let passes: Vec<_> = self.searches.iter().map(Search::pass).collect();
+        let mut passes: Vec<_> = self.searches.iter().map(Search::pass).collect();
+        for i in 1..passes.len() {
+            let known = |p: &Arc<Pass>| passes[..i].iter().flatten().any(|other| Arc::ptr_eq(p, other));
+            if passes[i].as_ref().is_some_and(known) {
+                passes[i] = None;
+            }
+        }
         if passes.iter().all(Option::is_none) {
             return Ok(());
         }
@@ -647,14 +654,10 @@ impl Mask {
         let rows = tile.elements.start.div_ceil(self.row)..tile.elements.end.div_ceil(self.row);
         let (start, end) = (rows.start * self.row, (rows.end * self.row).min(self.elements));
         let mut found = Vec::with_capacity((rows.end - rows.start) as usize);
-        let (mut x, mut y, mut apart) = (Vec::new(), Vec::new(), Vec::new());
+        let row = self.row.min(self.elements) as usize;
+        let (mut x, mut y, mut apart, mut filled) = (vec![0.0; row], vec![0.0; row], Vec::new(), 0);
         let mut piece = [W::ZERO; MICRO];
         let level = worker.level;
-        let put = |into: &mut Vec<f64>, values: &[W]| {
-            let from = into.len();
-            into.resize(from + values.len(), 0.0);
-            dispatch::double(level, &mut into[from..], values);
-        };
         for at in (start..end).step_by(BLOCK as usize) {
             let window = at..(at + BLOCK).min(end);
             let mut opened = Opened::<W>::new(worker.level, job, &window, worker.pool)?;
@@ -663,15 +666,16 @@ impl Mask {
                 let part = window.start + part.start as u64..window.start + part.end as u64;
                 for elements in micros(part.clone()) {
                     let piece = &mut piece[..(elements.end - elements.start) as usize];
+                    let here = filled..filled + piece.len();
                     points.base(piece, &elements);
-                    put(&mut x, piece);
+                    dispatch::double(level, &mut x[here.clone()], piece);
                     points.model(0, piece, &elements)?;
-                    put(&mut y, piece);
+                    dispatch::double(level, &mut y[here.clone()], piece);
+                    filled = here.end;
                 }
-                if part.end % self.row == 0 || part.end == end {
-                    found.push(divergence(worker.level, &mut x, &mut y, &mut apart));
-                    x.clear();
-                    y.clear();
+                if filled == row {
+                    found.push(divergence(level, &mut x, &mut y, &mut apart));
+                    filled = 0;
                 }
             }
         }
@@ -794,8 +798,16 @@ impl Mask {
         let n = (whole.end - whole.start) as usize;
         let mut opened = Opened::<W>::new(worker.level, job, &whole, worker.pool)?;
         let mut points = opened.points();
-        let Scratch { lanes: Lanes { base, more: [shares, ..], .. }, words, chosen, chosen_from, ranks, terms, .. } =
-            scratch;
+        let Scratch {
+            lanes: Lanes { base, more: [shares, ..], .. },
+            words,
+            lasts,
+            chosen,
+            chosen_from,
+            ranks,
+            terms,
+            ..
+        } = scratch;
         *chosen_from = (block.start - whole.start) as usize;
         let mut finite = true;
         for (i, choice) in choices.iter().enumerate() {
@@ -834,12 +846,11 @@ impl Mask {
                     dispatch::words(worker.level, words, *generator, aligned);
                     let words = &words[(piece.start - aligned) as usize..];
                     let (from, n) = ((piece.start - at) as usize, words.len());
-                    let shares = &mut shares[..n];
-                    for ((share, &rank), &word) in shares.iter_mut().zip(&ranks.ranks[from..]).zip(words) {
-                        let (last, own) = terms[rank as usize];
-                        *share = if word <= last { own } else { W::ZERO };
+                    let (lasts, shares) = (&mut lasts[..n], &mut shares[..n]);
+                    for ((last, share), &rank) in lasts.iter_mut().zip(&mut *shares).zip(&ranks.ranks[from..]) {
+                        (*last, *share) = terms[rank as usize];
                     }
-                    dispatch::divide_kept(worker.level, &mut x[from..from + n], shares);
+                    dispatch::keep_drawn(worker.level, &mut x[from..from + n], words, lasts, shares);
                 }
             }
         }
@@ -863,6 +874,7 @@ impl<W: Work> Scratch<W> {
         self.lanes.fit(mask.weights.len());
         self.tallies.resize_with(mask.searches.len().max(self.tallies.len()), Tally::default);
         self.words.resize(MICRO + 4, 0);
+        self.lasts.resize(MICRO, 0);
         self.chosen.resize_with(mask.weights.len().max(self.chosen.len()), Vec::new);
     }
 }

@@ -134,8 +134,8 @@ stamp!(
     count_equal_apart [E: Element, W: Work] (pair: [&[u8]; 2], key: W::Magnitude) -> u64
 );
 stamp!(
-    /// [`kernel::divide_kept`] at a level.
-    divide_kept [W: Work] (x: &mut [W], share: &[W])
+    /// [`kernel::keep_drawn`] at a level.
+    keep_drawn [W: Work] (x: &mut [W], words: &[u32], last: &[u32], share: &[W])
 );
 stamp!(
     /// [`kernel::keys`] at a level.
@@ -148,10 +148,6 @@ stamp!(
 stamp!(
     /// [`kernel::round`] at a level.
     round [E: Element, W: Work] (x: &mut [W])
-);
-stamp!(
-    /// [`kernel::divide_all`] at a level.
-    divide_all [W: Work] (x: &mut [W], c: W)
 );
 stamp!(
     /// [`kernel::minus`] at a level.
@@ -223,8 +219,8 @@ stamp!(
     exp_less [] (x: &mut [f64], m: f64)
 );
 stamp!(
-    /// [`kernel::add_spread`] at a level.
-    add_spread [W: Work] (acc: &mut [W], x: &[W], mean: &[W])
+    /// [`kernel::spread`] at a level.
+    spread [W: Work] (into: &mut [W], inputs: &[Vec<W>], at: usize)
 );
 stamp!(
     /// [`kernel::count_moved`] at a level.

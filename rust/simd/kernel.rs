@@ -631,11 +631,11 @@ pub fn keep_scaled<W: Work>(x: &mut [W], sum: &mut [W], band: Band<W>, first: bo
     }
 }
 
-/// `x = x / share` where there is a share, else zero.
+/// `x = x / share` where the word is not above `last` and there is a share, else zero.
 #[inline(always)]
-pub fn divide_kept<W: Work>(x: &mut [W], share: &[W]) {
-    for (x, &share) in x.iter_mut().zip(share) {
-        *x = if share > W::ZERO { *x / share } else { W::ZERO };
+pub fn keep_drawn<W: Work>(x: &mut [W], words: &[u32], last: &[u32], share: &[W]) {
+    for (((x, &word), &last), &share) in x.iter_mut().zip(words).zip(last).zip(share) {
+        *x = if (word <= last) & (share > W::ZERO) { *x / share } else { W::ZERO };
     }
 }
 
@@ -681,14 +681,6 @@ pub fn round<E: Element, W: Work>(x: &mut [W]) {
     }
 }
 
-/// `x = x / c`.
-#[inline(always)]
-pub fn divide_all<W: Work>(x: &mut [W], c: W) {
-    for x in x {
-        *x = *x / c;
-    }
-}
-
 /// `into = y - x`.
 #[inline(always)]
 pub fn minus(into: &mut [f64], y: &[f64], x: &[f64]) {
@@ -730,20 +722,12 @@ pub fn keep_random<W: Work>(x: &mut [W], words: &[u32], limit: u64, scale: W) {
 /// Words `from..from + into.len()` of a generator's stream: word `i` is word `i % 4` of counter `i / 4`. `from` is a multiple of 4.
 #[inline(always)]
 pub fn words(into: &mut [u32], generator: crate::philox::Philox, from: u64) {
-    let mut counter = from / 4;
-    let (many, rest) = into.as_chunks_mut::<{ 4 * LANES }>();
-    for group in many {
-        let words = generator.words_of::<LANES>(counter);
-        group.copy_from_slice(words.as_flattened());
-        counter += LANES as u64;
+    let (whole, rest) = into.as_chunks_mut::<4>();
+    generator.words_from(from / 4, whole);
+    if !rest.is_empty() {
+        let last = generator.words(from / 4 + whole.len() as u64);
+        rest.copy_from_slice(&last[..rest.len()]);
     }
-    let (whole, rest) = rest.as_chunks_mut::<4>();
-    for four in whole {
-        *four = generator.words(counter);
-        counter += 1;
-    }
-    let last = generator.words(counter);
-    rest.copy_from_slice(&last[..rest.len()]);
 }
 
 /// `x = c * x`.
@@ -843,12 +827,37 @@ pub fn exp_less(x: &mut [f64], m: f64) {
     }
 }
 
-/// `acc = acc + (x - mean)^2`.
+/// `into = (x_1 - mean)^2 + (x_2 - mean)^2 + ...` with `mean = (x_1 + x_2 + ...) / n`, for the elements of some inputs from `at` on.
 #[inline(always)]
-pub fn add_spread<W: Work>(acc: &mut [W], x: &[W], mean: &[W]) {
-    for ((acc, &x), &mean) in acc.iter_mut().zip(x).zip(mean) {
-        let off = x - mean;
-        *acc = *acc + off * off;
+pub fn spread<W: Work>(into: &mut [W], inputs: &[Vec<W>], at: usize) {
+    let n = W::from_f64(inputs.len() as f64);
+    let (whole, rest) = into.as_chunks_mut::<LANES>();
+    let last = at + whole.len() * LANES;
+    for (g, into) in whole.iter_mut().enumerate() {
+        let from = at + g * LANES;
+        let (mut mean, mut sum) = ([W::ZERO; LANES], [W::ZERO; LANES]);
+        for x in inputs {
+            let x = &x[from..from + LANES];
+            for j in 0..LANES {
+                mean[j] = mean[j] + x[j];
+            }
+        }
+        for mean in &mut mean {
+            *mean = *mean / n;
+        }
+        for x in inputs {
+            let x = &x[from..from + LANES];
+            for j in 0..LANES {
+                let off = x[j] - mean[j];
+                sum[j] = sum[j] + off * off;
+            }
+        }
+        *into = sum;
+    }
+    for (i, into) in rest.iter_mut().enumerate() {
+        let mean = inputs.iter().fold(W::ZERO, |sum, x| sum + x[last + i]) / n;
+        let square = |x: &Vec<W>| (x[last + i] - mean) * (x[last + i] - mean);
+        *into = inputs.iter().fold(W::ZERO, |sum, x| sum + square(x));
     }
 }
 

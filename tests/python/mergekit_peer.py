@@ -66,7 +66,7 @@ class Mergekit:
             )
         self.log = log
 
-    def merge(self, config: Mapping[str, object], out: Path, **options: Value) -> str | None:
+    def merge(self, config: object, out: Path, **options: Value) -> str | None:
         """Run a recipe; what mergekit says that is wrong, or None."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None

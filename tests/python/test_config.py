@@ -528,3 +528,18 @@ def test_undo_of_a_merge_says_that_there_is_no_target(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["undo", str(tmp_path / "out"), "-o", str(tmp_path / "x")])
     assert result.exit_code == 2
     assert "is a merge of several models" in result.stderr
+
+
+def test_a_gradient_in_a_slice_of_one_layer_takes_its_last_value(tmp_path: Path) -> None:
+    text = """\
+merge_method: passthrough
+slices:
+  - sources: [{model: models/sft, layer_range: [0, 1]}]
+    parameters: {scale: [2, 3, 4]}
+  - sources: [{model: models/sft, layer_range: [1, 3]}]
+    parameters: {scale: [2, 4]}
+"""
+    found = coefficients(planned(tmp_path, text))
+    name = "model.layers.{}.mlp.up_proj.weight".format
+    assert [found[name(i)] for i in range(3)] == [(4.0,), (2.0,), (4.0,)]
+    assert found["model.embed_tokens.weight"] == (2.0,)

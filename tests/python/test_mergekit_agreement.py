@@ -7,7 +7,7 @@ own. Only outputs are compared.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,7 @@ from shards import read_checkpoint
 
 import reasonvec as rv
 from reasonvec import reference as ref
+from reasonvec.json_values import Json
 from reasonvec.merging.methods import METHODS, Numerics
 from reasonvec.reference import Dtype, Work
 
@@ -59,13 +60,17 @@ class Both:
     def merge(
         self, recipe: Recipe, family: Family, numerics: Numerics = "default"
     ) -> tuple[Tensors, Tensors]:
-        """What both make of one file: ours, mergekit's."""
+        """What both make of a recipe: ours, mergekit's."""
+        return self.run(recipe.config(family), numerics, recipe.seed or 0)
+
+    def run(
+        self, config: object, numerics: Numerics = "default", seed: int = 0
+    ) -> tuple[Tensors, Tensors]:
+        """What both make of a file."""
         self.count += 1
         file = self.scratch / f"{self.count:04}.yml"
-        config = recipe.config(family)
         file.write_text(json.dumps(config))  # JSON is YAML.
         ours, theirs = file.with_suffix(".ours"), file.with_suffix(".theirs")
-        seed = recipe.seed or 0
         rv.read_config(file, strict=True).save(
             ours, numerics=numerics, seed=seed, sync=False, card=False
         )
@@ -434,3 +439,134 @@ def test_arcee_fusion_agrees_but_at_its_threshold(both: Both, tmp_path: Path) ->
             assert not (far[0] & far[1]).any(), name
     assert shares[0] >= 0.999
     assert 0.9 < shares[1] < shares[0]
+
+
+# What files mean
+
+
+def source(model: int, layers: tuple[int, int] | None = None, **parameters: object) -> Json:
+    """An entry of `models` or `sources`."""
+    found: Json = {"model": model}
+    if layers is not None:
+        found["layer_range"] = list(layers)
+    return found | ({"parameters": parameters} if parameters else {})
+
+
+def part(*sources: Json, **parameters: object) -> Json:
+    """A slice."""
+    return {"sources": list(sources)} | ({"parameters": parameters} if parameters else {})
+
+
+def sliced(*parts: Json) -> Json:
+    return {"slices": list(parts)}
+
+
+def of(*models: Json) -> Json:
+    return {"models": list(models)}
+
+
+BOTH_LAYERS, FIRST, SECOND = (0, 2), (0, 1), (1, 2)
+FILTERS = [
+    {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
+    {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]},
+    {"value": 0.5},
+]
+MEANINGS: dict[str, tuple[str, int | None, Json, Json]] = {
+    "layers stacked": (
+        "passthrough", None, {},
+        sliced(part(source(1, BOTH_LAYERS)), part(source(2, SECOND)), part(source(3, FIRST))),
+    ),
+    "layers scaled by name": (
+        "passthrough", None, {},
+        sliced(
+            part(source(1, BOTH_LAYERS)),
+            part(source(1, BOTH_LAYERS, scale=[{"filter": "o_proj", "value": 0.0}, {"value": 0.5}])),
+        ),
+    ),
+    "filters with gradients": (
+        "slerp", 1, {"t": FILTERS}, sliced(part(source(1, BOTH_LAYERS), source(2, BOTH_LAYERS))),
+    ),
+    "gradients of slices of one layer": (
+        "slerp", 1, {"t": 0.5},
+        sliced(
+            part(source(1, FIRST), source(2, FIRST), t=0.2),
+            part(source(1, SECOND), source(2, SECOND), t=[0.6, 0.9]),
+        ),
+    ),
+    "source before slice before all": (
+        "linear", None, {"weight": 0.5},
+        sliced(
+            part(source(1, FIRST, weight=0.9), source(2, FIRST), weight=0.3),
+            part(source(1, SECOND), source(2, SECOND, weight=[0.2, 0.8])),
+        ),
+    ),
+    "gradients over a model": (
+        "linear", None, {},
+        of(
+            source(1, weight=[0.1, 0.9]),
+            source(2, weight=[{"filter": "mlp", "value": [1.0, 0.25, 0.5]}, {"value": 0.7}]),
+        ),
+    ),
+    "a star fits all": (
+        "task_arithmetic", 0,
+        {"weight": [{"filter": "mlp", "value": [0.1, 0.9]}, {"filter": "*", "value": 0.4}]},
+        of(source(1), source(2, weight=0.2)),
+    ),
+    "a filter that fits nowhere": (
+        "task_arithmetic", 0, {"weight": 0.6},
+        of(source(1, weight=[{"filter": "mlp", "value": 0.3}]), source(2)),
+    ),
+    "a module": (
+        "linear", None, {},
+        {"modules": {"default": sliced(part(source(1, BOTH_LAYERS, weight=0.2), source(2, BOTH_LAYERS, weight=0.5)))}},
+    ),
+    "densities over layers": (
+        "ties", 0, {"normalize": True, "int8_mask": True},
+        of(
+            source(1, density=[1, 0.7, 0.1], weight=1.0),
+            source(2, density=0.5, weight=[0, 0.3, 0.7, 1]),
+            source(3, density=0.33, weight=[{"filter": "mlp", "value": 0.5}, {"value": 0}]),
+        ),
+    ),
+    "a base that is listed": (
+        "ties", 0, {}, of(source(0), source(1, density=0.5, weight=0.5), source(2, weight=0.5)),
+    ),
+    "a base that is one model more": ("karcher", 0, {}, of(source(1), source(2))),
+    "other layers of another model": (
+        "linear", None, {},
+        sliced(
+            part(source(1, FIRST, weight=0.5), source(2, SECOND, weight=0.25)),
+            part(source(1, SECOND, weight=0.5), source(2, FIRST, weight=0.75)),
+        ),
+    ),
+}  # fmt: skip
+"""Method, base, parameters and the rest of a file, by what it says."""
+
+
+def folders_in(value: object, folders: Sequence[Path]) -> object:
+    """The same, with folders in place of the numbers of models."""
+    if isinstance(value, list):
+        return [folders_in(entry, folders) for entry in value]
+    if isinstance(value, dict):
+        found = {key: folders_in(entry, folders) for key, entry in value.items()}
+        if isinstance(value.get("model"), int):
+            found["model"] = str(folders[value["model"]])
+        return found
+    return value
+
+
+@pytest.mark.parametrize("meaning", MEANINGS)
+def test_a_file_means_the_same(meaning: str, both: Both, tmp_path: Path) -> None:
+    """Slices, modules, gradients, filters, precedence, the base."""
+    family = make_models(tmp_path, "llama", ["F32"] * 4, seed=9)
+    method, base, parameters, rest = MEANINGS[meaning]
+    config: Json = {"merge_method": method, "dtype": "float32", "out_dtype": "bfloat16"}
+    config |= {"parameters": parameters} | rest
+    if base is not None:
+        config["base_model"] = str(family.folders[base])
+    ours, theirs = both.run(folders_in(config, family.folders))
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        mine = ours[name]
+        assert (mine.dtype, mine.shape) == (tensor.dtype, tensor.shape), name
+        assert (np.abs(ordinals(mine.bits) - ordinals(tensor.bits)) <= 1).all(), name

@@ -438,7 +438,8 @@ class _Planner:
                     by_layer.setdefault(layer, []).append(name)
             for k in range(length):
                 number = (frame.start or 0) + k
-                depth = k / (length - 1) if length > 1 else 0.0
+                # A single layer is the last one: so mergekit's runs show.
+                depth = k / (length - 1) if length > 1 else 1.0
                 ramp = at / (total - 1) if total > 1 else 0.0
                 origins.append(LayerOrigin(frame.input.layout, number))
                 for name in by_layer.get(number, []):
