@@ -221,7 +221,8 @@ def show_plan(plan: ApplyPlan) -> None:
         f"({size(plan.free_disk)} free), holds at most {size(plan.peak_memory)}"
     )
     errors = plan.errors
-    _say(f"[red]would stop: {len(errors)} errors[/]" if errors else "[green]would run[/]")
+    plural = "" if len(errors) == 1 else "s"
+    _say(f"[red]would stop: {len(errors)} error{plural}[/]" if errors else "[green]would run[/]")
 
 
 def show_merge_plan(plan: ApplyPlan) -> None:

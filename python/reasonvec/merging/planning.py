@@ -217,15 +217,15 @@ class _Planner:
             and not any(_same(model.input, base) for model in models)
         ):
             models.append(_Model(base, {}, None))
-        problem = method.check(len(models))
-        if problem is not None:
-            self.error("models", problem)
         if method.base in {"needed", "model"} and opened is None:
             self.error(
                 "base",
                 f"{method.name}: needs a base, what the others are compared with; name it "
                 "(base_model in a config)",
             )
+        # How many models there are besides the base shows only where there is a base.
+        elif (problem := method.check(len(models))) is not None:
+            self.error("models", problem)
         levels = [part.settings, module.settings, merge.settings]
         return _Slice(models, opened, levels, lengths.pop() if lengths else None)
 
