@@ -11,6 +11,7 @@ pub mod dense;
 pub mod eigen;
 pub mod gram;
 mod inverse;
+pub(crate) mod packed;
 mod panel;
 pub mod plan;
 pub mod rsvd;
