@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pytest
+from models import make_models, tensors_of
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 from shards import Stored, read_shard, stored, write_checkpoint
 
 import reasonvec as rv
 from reasonvec import _reasonvec as core
 from reasonvec import reference as ref
 from reasonvec.reference import Dtype
+from reasonvec.verify import verify
 
 Array: TypeAlias = NDArray[np.float64]
 Update: TypeAlias = Callable[[list[Array], list[float]], Array]
@@ -265,3 +269,155 @@ def test_what_cannot_be_merged_is_refused(
     with pytest.raises(rv.ReasonvecError, match=words):
         merge(folders, tmp_path / "out", method)
     assert not list((tmp_path / "out").iterdir())
+
+
+# ---- whole models
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_models(tmp_path_factory.mktemp("place")) / "models"
+
+
+MERGES: dict[str, tuple[Callable[..., rv.Merge], Update, float]] = {
+    "tsv_m": (rv.tsv_m, lambda d, w: ref.tsv_m(d, w), 0.5),
+    "iso_c": (rv.iso_c, lambda d, w: ref.iso_c(d, w), 0.5),
+    "iso_cts": (rv.iso_cts, lambda d, w: ref.iso_cts(d, w), 0.5),
+    "star": (rv.star, lambda d, w: ref.star(d, w, scale=0.5), 0.5),
+    "subspace_boosting": (rv.subspace_boosting, lambda d, w: ref.boost(d, w), 1.0),
+}
+
+
+def wide(tensors: dict[str, np.ndarray], name: str) -> Array:
+    return tensors[name].astype(np.float64)
+
+
+@pytest.mark.parametrize("method", MERGES)
+def test_matrices_by_the_method_and_the_rest_by_the_mean(
+    method: str, place: Path, tmp_path: Path
+) -> None:
+    """Norms, embeddings and the head get the mean of the task vectors (boosting: their sum)."""
+    merge_of, update, mean = MERGES[method]
+    base, models = rv.open(place / "base"), [rv.open(place / n) for n in ("sft", "instruct")]
+    report = merge_of(base, models).save(tmp_path / "out", out_dtype="float32")
+    assert report.recipe == f"{method}(base base, sft: weight 1, instruct: weight 1)"
+    assert verify(tmp_path / "out").ok
+    made, zero, a, b = (
+        tensors_of(p) for p in (tmp_path / "out", *(place / n for n in ("base", "sft", "instruct")))
+    )
+    seen = set()
+    for name in made:
+        d = [wide(t, name) - wide(zero, name) for t in (a, b)]
+        matrix = made[name].ndim == 2 and "embed" not in name and "lm_head" not in name
+        wanted = update(d, [1.0, 1.0]) if matrix else mean * (d[0] + d[1])
+        found = wide(made, name) - wide(zero, name)
+        np.testing.assert_allclose(found, wanted, atol=2e-7 + 1e-5 * np.abs(wanted).max())
+        seen.add(matrix)
+    assert seen == {True, False}
+
+
+def test_knots_is_ties_where_there_is_no_matrix(place: Path, tmp_path: Path) -> None:
+    """And task arithmetic everywhere, where no signs are elected and nothing is averaged."""
+    base, a, b = (rv.open(place / n) for n in ("base", "sft", "instruct"))
+    rv.knots(base, {a: 0.5, b: 0.7}, density={a: 0.3, b: 0.6}).save(tmp_path / "knots")
+    rv.ties(base, {a: 0.5, b: 0.7}, density={a: 0.3, b: 0.6}).save(tmp_path / "ties")
+    knots, ties = tensors_of(tmp_path / "knots"), tensors_of(tmp_path / "ties")
+    for name in knots:
+        matrix = knots[name].ndim == 2 and "embed" not in name and "lm_head" not in name
+        assert (knots[name].tobytes() == ties[name].tobytes()) != matrix, name
+    plain = rv.knots(base, {a: 0.5, b: 0.7}, elect=False, normalize=False)
+    plain.save(tmp_path / "plain", out_dtype="float32")
+    rv.task_arithmetic(base, {a: 0.5, b: 0.7}).save(tmp_path / "sum", out_dtype="float32")
+    plain_tensors, sums = tensors_of(tmp_path / "plain"), tensors_of(tmp_path / "sum")
+    for name in sums:
+        np.testing.assert_allclose(plain_tensors[name], sums[name], rtol=1e-5, atol=1e-7)
+
+
+def test_boosting_on_top_of_ties(place: Path, tmp_path: Path) -> None:
+    """The merge inside is the only model: what it changed is raised, in F32 and not as rounded."""
+    base, a, b = (rv.open(place / n) for n in ("base", "sft", "instruct"))
+    merged = rv.ties(base, {a: 0.5, b: 0.5}, density=0.3)
+    rv.subspace_boosting(base, [merged], beta=0.2).save(tmp_path / "out", out_dtype="float32")
+    merged.save(tmp_path / "ties", out_dtype="float32")
+    made, inner, zero = (
+        tensors_of(p) for p in (tmp_path / "out", tmp_path / "ties", place / "base")
+    )
+    name = "model.layers.1.mlp.up_proj.weight"
+    wanted = ref.boost([wide(inner, name) - wide(zero, name)], [1.0], 0.2)
+    found = wide(made, name) - wide(zero, name)
+    np.testing.assert_allclose(found, wanted, atol=2e-6 * np.abs(wanted).max() + 2e-8)
+    s = np.linalg.svd(found, compute_uv=False)
+    assert int((s > 1.001 * s[-1]).sum()) < s.size / 2
+
+
+def test_each_packed_expert_is_a_matrix(place: Path, tmp_path: Path) -> None:
+    """A stack [E, m, n] is E merges of [m, n]; biases of experts are averaged."""
+    shape, prefix = (4, 12, 8), "model.layers.0.mlp.experts."
+    folders = []
+    for model in range(3):
+        dice = np.random.default_rng(model)
+        folder = tmp_path / str(model)
+        shutil.copytree(place / "base", folder)
+        for path in folder.glob("*.safetensors*"):
+            path.unlink()
+        tensors = tensors_of(place / "base") | {
+            f"{prefix}gate_up_proj": dice.normal(size=shape).astype(np.float32),
+            f"{prefix}gate_up_proj_bias": dice.normal(size=shape[:2]).astype(np.float32),
+        }
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        folders.append(folder)
+    base, *models = (rv.open(folder) for folder in folders)
+    rv.iso_c(base, models).save(tmp_path / "out")
+    made, zero, a, b = (tensors_of(p) for p in (tmp_path / "out", *folders))
+    name = f"{prefix}gate_up_proj"
+    for e in range(4):
+        d = [wide(t, name)[e] - wide(zero, name)[e] for t in (a, b)]
+        found = wide(made, name)[e] - wide(zero, name)[e]
+        np.testing.assert_allclose(found, ref.iso_c(d, [1.0, 1.0]), atol=2e-6)
+    name += "_bias"
+    np.testing.assert_allclose(made[name], (a[name] + b[name]) / 2, atol=1e-6)
+
+
+def test_adapters_are_merged_as_models(place: Path, tmp_path: Path) -> None:
+    """A model that is a base and a vector is what it would be as a checkpoint."""
+    base, a, b = (rv.open(place / n) for n in ("base", "sft", "instruct"))
+    moved = base + 0.5 * (a - base)
+    moved.save(tmp_path / "moved", out_dtype="float32")
+    rv.tsv_m(base, [moved, b]).save(tmp_path / "lazy", out_dtype="float32")
+    written = rv.open(tmp_path / "moved")
+    rv.tsv_m(base, [written, b]).save(tmp_path / "two", out_dtype="float32")
+    lazy, two = tensors_of(tmp_path / "lazy"), tensors_of(tmp_path / "two")
+    for name in lazy:
+        np.testing.assert_allclose(lazy[name], two[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("merge_of", "words"),
+    [
+        (lambda base, x: rv.tsv_m(base, x, rank=0.8), "at most 1 / 2"),
+        (lambda base, x: rv.star(base, x, rank=1.5), "whole number"),
+        (lambda base, x: rv.iso_cts(base, x, common=2), "share from 0 to 1"),
+        (lambda base, x: rv.star(base, {x[0]: 1.0, x[1]: -1.0}), "sum to 0"),
+        (lambda base, x: rv.knots(base, []), "needs at least 1 model"),
+    ],
+)
+def test_a_merge_that_cannot_be_says_why(
+    merge_of: Callable[[rv.Checkpoint, list[rv.Checkpoint]], rv.Merge],
+    words: str,
+    place: Path,
+    tmp_path: Path,
+) -> None:
+    """From headers alone."""
+    base, models = rv.open(place / "base"), [rv.open(place / n) for n in ("sft", "instruct")]
+    errors = merge_of(base, models).plan(tmp_path / "out").errors
+    assert any(words in p.message for p in errors), errors
+
+
+def test_memory_is_predicted(place: Path, tmp_path: Path) -> None:
+    """More for a method that holds more of the smaller side's squares."""
+    base, models = rv.open(place / "base"), [rv.open(place / n) for n in ("sft", "instruct")]
+    memory = {
+        name: merge_of(base, models).plan(tmp_path / "out").peak_memory
+        for name, (merge_of, _, _) in MERGES.items()
+    }
+    assert memory["tsv_m"] > memory["iso_c"] > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias, Unpack
@@ -606,11 +606,24 @@ def subspace_boosting(
     """The weighted sum of task vectors with the small singular values of a matrix raised.
 
     Examples:
-        On top of another merge, that merge is the only model:
+        On top of another merge, that merge is the only model (and is not rounded to BF16 before):
 
         >>> import reasonvec as rv
         >>> base, a, b = (rv.open(p) for p in (family.base, family.sft, family.instruct))
         >>> merged = rv.ties(base, {a: 0.5, b: 0.5}, density=0.2)
         >>> report = rv.subspace_boosting(base, [merged], beta=0.02).save("boosted")
     """
-    return _merge(SubspaceBoosting(beta, lambda_), models, base)
+    return _merge(SubspaceBoosting(beta, lambda_), _unrounded(models), base)
+
+
+def _unrounded(models: Models) -> Models:
+    """Merges among models in F32: rounding to BF16 would be raised with the small values."""
+
+    def wide(point: AnyPoint) -> AnyPoint:
+        if isinstance(point, Merge) and point.out_dtype is None:
+            return replace(point, out_dtype="float32")
+        return point
+
+    if isinstance(models, Mapping):
+        return {wide(point): weight for point, weight in models.items()}
+    return [wide(point) for point in models]
