@@ -81,7 +81,7 @@ impl<'a, W: Work> Panels<'a, W> {
         if self.turned { self.columns } else { self.rows }
     }
 
-    /// Task vectors of some elements of the tensor, one after the other in `into`, each `wide` apart and from `at` on.
+    /// Task vectors of some elements of the tensor, from `at` on; those that there is no room for are not wanted.
     fn read(&self, elements: &Range<u64>, into: &mut [Vec<f64>], at: usize, lanes: &mut [Vec<W>; 2]) -> Result<()> {
         let n = (elements.end - elements.start) as usize;
         let [base, input] = lanes;
@@ -90,7 +90,7 @@ impl<'a, W: Work> Panels<'a, W> {
         let mut opened = Opened::<W>::new(self.level(), self.job, elements, self.worker.pool)?;
         let mut points = opened.points();
         points.base(base, elements);
-        for (i, into) in into.iter_mut().enumerate() {
+        for (i, into) in into.iter_mut().enumerate().filter(|(_, into)| !into.is_empty()) {
             if !points.input(i, input, base, elements)? {
                 // Not even where NaN may pass: there is no singular value of it.
                 return Err(blame_input::<W>(self.job, self.level(), elements.clone(), self.worker.pool));
@@ -106,21 +106,23 @@ impl<'a, W: Work> Panels<'a, W> {
         mixes: &[Mix],
         mut with: impl FnMut(Range<usize>, &[Vec<f64>]) -> Result<()>,
     ) -> Result<()> {
-        let (n, tasks) = (self.side(), self.job.terms.len());
+        let n = self.side();
+        let wanted = |i: usize| mixes.iter().any(|mix| mix[i] != 0.0);
         let mut lanes = [Vec::new(), Vec::new()];
         for from in (0..self.long()).step_by(PANEL) {
             if self.worker.control.cancelled() {
                 return Err(Error::Cancelled);
             }
             let to = (from + PANEL).min(self.long());
-            let mut tasks = vec![vec![0.0; (to - from) * n]; tasks];
+            let room = |i: usize| vec![0.0; if wanted(i) { (to - from) * n } else { 0 }];
+            let mut tasks: Vec<Vec<f64>> = (0..self.job.terms.len()).map(room).collect();
             if self.turned {
                 for row in 0..self.rows {
                     let first = self.start + (row * self.columns) as u64;
                     let elements = first + from as u64..first + to as u64;
                     self.read(&elements, &mut tasks, row * (to - from), &mut lanes)?;
                 }
-                for task in &mut tasks {
+                for task in tasks.iter_mut().filter(|task| !task.is_empty()) {
                     let mut upright = vec![0.0; task.len()];
                     transpose(task, &mut upright, n, to - from);
                     *task = upright;
