@@ -1,7 +1,7 @@
 //! Stamps each body of [`super::kernel`] for every instruction set and calls the one of a [`Level`].
 
 use super::kernel;
-pub use super::kernel::{Band, Draw, Extent, MICRO, PanelOf, Rounding};
+pub use super::kernel::{Band, Draw, Extent, MICRO, PanelOf, Rounding, TURNED};
 use super::level::{Level, Set};
 use crate::bf16::{Element, Work};
 use crate::philox::Philox;
@@ -104,6 +104,10 @@ stamp!(
 stamp!(
     /// [`kernel::multiply`] at a level.
     multiply [W: Work] (into: &mut [W], a: &[W], b: &[W], strides: [usize; 3], size: [usize; 3], tall: usize)
+);
+stamp!(
+    /// [`kernel::turn`] at a level.
+    turn [W: Work] (strip: &mut [W], from: usize, turns: &[[W; 2]])
 );
 stamp!(
     /// [`kernel::flip`] at a level.

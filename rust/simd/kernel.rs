@@ -341,6 +341,31 @@ pub fn agreement<W: Work>(a: &[W], b: &[W]) -> (u64, u64) {
     (u64::from(both), u64::from(agree))
 }
 
+/// Columns of a strip whose rows are turned.
+pub const TURNED: usize = 16;
+
+/// Turns rows `from` and `from + 1` of a strip by a cosine and a sine, then the two before by the next ones, and so on.
+#[inline(always)]
+pub fn turn<W: Work>(strip: &mut [W], from: usize, turns: &[[W; 2]]) {
+    let rows = strip.as_chunks_mut::<TURNED>().0;
+    if turns.is_empty() {
+        return;
+    }
+    let mut above = rows[from + 1];
+    let mut at = from;
+    for &[c, s] in turns {
+        let below = rows[at];
+        for (o, (&a, &b)) in rows[at + 1].iter_mut().zip(below.iter().zip(&above)) {
+            *o = s * a + c * b;
+        }
+        for (b, &a) in above.iter_mut().zip(&below) {
+            *b = c * a - s * *b;
+        }
+        rows[at] = above;
+        at = at.wrapping_sub(1);
+    }
+}
+
 /// Columns of a register tile of a product.
 const ACROSS: usize = 16;
 

@@ -51,6 +51,10 @@ class Reader(Protocol):
         """Of the tensor."""
 
     @property
+    def matrix(self) -> bool:
+        """Whether it is a matrix or a stack of experts, and not the vocabulary's."""
+
+    @property
     def ramp(self) -> float:
         """How deep the tensor is, from 0 (embeddings, the first layer) to 1 (the last layer, the
         final norm, the head)."""
@@ -82,6 +86,8 @@ class Method:
     models: ClassVar[tuple[int, int | None]] = (1, None)
     weighted: ClassVar[bool] = False
     stepwise: ClassVar[bool] = False
+    usual_weight: ClassVar[float | None] = None
+    """The weight of a model that is given none; without one, that is an error."""
 
     def parameters(self) -> dict[str, Parameter]:
         """What this instance says itself, by the names that a YAML has."""
@@ -99,6 +105,10 @@ class Method:
             ReasonvecError: a parameter is out of its range.
         """
         raise NotImplementedError
+
+    def aside(self, read: Reader, models: int) -> Coefficients | None:
+        """What it is at a tensor that the method proper is not for, if that is a weighted sum."""
+        return None
 
     def check(self, models: int) -> str | None:
         """What is wrong with this number of models, or None."""
@@ -558,6 +568,168 @@ class ArceeFusion(Method):
         return {"kind": "arcee_fusion"}
 
 
+# ---- spectral: singular vectors of the task vectors of a matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Spectral(Method):
+    """A method for matrices. What is none (norms, biases), and the vocabulary's, whose rows are
+    tokens, gets the mean of the task vectors, times ``lambda``."""
+
+    base: ClassVar[BaseRule] = "needed"
+    weighted: ClassVar[bool] = True
+    usual_weight: ClassVar[float | None] = 1.0
+    mean: ClassVar[bool] = True
+    """Whether the weights are divided by their sum where the method proper is not used."""
+
+    def aside(self, read: Reader, models: int) -> Coefficients | None:
+        if read.matrix:
+            return None
+        weights = [read.weight(i) for i in range(models)]
+        scale = read.value("lambda", 1.0)
+        return Coefficients([scale * w / _total(weights, self.mean) for w in weights], True)
+
+
+def _total(weights: Sequence[float], mean: bool) -> float:
+    if not mean:
+        return 1.0
+    if sum(weights) == 0.0:
+        raise ReasonvecError("the weights sum to 0, so there is no mean: give other weights")
+    return sum(weights)
+
+
+@dataclass(frozen=True, slots=True)
+class IsoC(Spectral):
+    """The sum of the task vectors with all singular values set to their mean (arXiv 2502.04959)."""
+
+    name: ClassVar[str] = "iso_c"
+    lambda_: Parameter = 1.0
+
+    def plan(self, read: Reader, models: int) -> Json:
+        return {"kind": "iso_c", "lambda": read.value("lambda", 1.0)}
+
+
+@dataclass(frozen=True, slots=True)
+class IsoCts(Spectral):
+    """As `IsoC`, with a share ``common`` of the directions from the sum and the others from the
+    single tasks (arXiv 2502.04959)."""
+
+    name: ClassVar[str] = "iso_cts"
+    common: Parameter = 0.8
+    lambda_: Parameter = 1.0
+
+    def plan(self, read: Reader, models: int) -> Json:
+        return {
+            "kind": "iso_cts",
+            "common": _share(read, "common", 0.8),
+            "lambda": read.value("lambda", 1.0),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TsvM(Spectral):
+    """The first singular vectors of every task, a share ``rank`` of them each (if nothing is said,
+    1 / models), made orthogonal to each other (arXiv 2412.00081)."""
+
+    name: ClassVar[str] = "tsv_m"
+    rank: Parameter | None = None
+    lambda_: Parameter = 1.0
+
+    def plan(self, read: Reader, models: int) -> Json:
+        rank = read.value("rank", math.nan)
+        if not math.isnan(rank) and not 0.0 < rank <= 1.0 / models + 1e-9:
+            message = (
+                f"rank is {rank:g} for each of {models} models, expected a share of the directions "
+                f"above 0 and at most 1 / {models}"
+            )
+            raise ReasonvecError(message)
+        return {
+            "kind": "tsv_m",
+            "rank": None if math.isnan(rank) else rank,
+            "lambda": read.value("lambda", 1.0),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Star(Spectral):
+    """Task vectors cut to the first singular values that make up a share ``eta`` of their sum, or
+    to the first ``rank``, rescaled to the sum that they had, then averaged (arXiv 2502.10339)."""
+
+    name: ClassVar[str] = "star"
+    eta: Parameter = 0.4
+    rank: Parameter | None = None
+    normalize: Parameter = True
+    lambda_: Parameter = 1.0
+
+    def aside(self, read: Reader, models: int) -> Coefficients | None:
+        if read.matrix:
+            return None
+        weights = [read.weight(i) for i in range(models)]
+        scale = read.value("lambda", 1.0) / _total(weights, _flag(read, "normalize", True))
+        return Coefficients([scale * w for w in weights], True)
+
+    def plan(self, read: Reader, models: int) -> Json:
+        rank = read.value("rank", math.nan)
+        if not math.isnan(rank) and (rank < 1 or rank != int(rank)):
+            raise ReasonvecError(f"rank is {rank:g}, expected a whole number from 1")
+        weights = [read.weight(i) for i in range(models)]
+        total = _total(weights, _flag(read, "normalize", True))
+        return {
+            "kind": "star",
+            "eta": _share(read, "eta", 0.4),
+            "rank": None if math.isnan(rank) else int(rank),
+            "lambda": read.value("lambda", 1.0) / total,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SubspaceBoosting(Spectral):
+    """The weighted sum of the task vectors with small singular values raised: to the one at which
+    the sum of those so far reaches a share ``beta`` of all (arXiv 2506.16506). On top of another
+    method: with that merge as the only model."""
+
+    name: ClassVar[str] = "subspace_boosting"
+    mean: ClassVar[bool] = False
+    beta: Parameter = 0.01
+    lambda_: Parameter = 1.0
+
+    def plan(self, read: Reader, models: int) -> Json:
+        return {
+            "kind": "boost",
+            "beta": _share(read, "beta", 0.01),
+            "lambda": read.value("lambda", 1.0),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Knots(Spectral):
+    """TIES in the space that the task vectors side by side span (arXiv 2410.19735); where there is
+    no matrix, TIES. Without ``elect`` no signs are elected."""
+
+    name: ClassVar[str] = "knots"
+    density: Parameter = 1.0
+    elect: Parameter = True
+    normalize: Parameter = True
+    lambda_: Parameter = 1.0
+
+    def aside(self, read: Reader, models: int) -> Coefficients | None:
+        if read.matrix or _flag(read, "elect", True):
+            return None
+        weights = [read.weight(i) for i in range(models)]
+        scale = read.value("lambda", 1.0) / _total(weights, _flag(read, "normalize", True))
+        return Coefficients([scale * w for w in weights], True)
+
+    def plan(self, read: Reader, models: int) -> Json:
+        shared: Json = {
+            "density": _shares(read, "density", 1.0, models),
+            "normalize": _flag(read, "normalize", True),
+            "lambda": read.value("lambda", 1.0),
+        }
+        if not read.matrix:
+            return {"kind": "ties", **shared}
+        return {"kind": "knots", "elect": _flag(read, "elect", True), **shared}
+
+
 def _floor(read: Reader) -> Json:
     # What mergekit takes for zero: products of norms (model_stock), mean squares (sce).
     return {"floor": 1e-6} if read.numerics == "mergekit" else {}
@@ -575,7 +747,7 @@ METHODS: Mapping[str, type[Method]] = {
     for method in (
         Linear, TaskArithmetic, Lines, Passthrough, Slerp, Nuslerp, Multislerp, Karcher, ModelStock,
         Ties, DareLinear, DareTies, DellaLinear, Della, Breadcrumbs, BreadcrumbsTies, Sce, Ram,
-        RamPlusTl, Nearswap, ArceeFusion,
+        RamPlusTl, Nearswap, ArceeFusion, TsvM, IsoC, IsoCts, Knots, Star, SubspaceBoosting,
     )
 }  # fmt: skip
 """Every method by its name in a YAML."""

@@ -24,7 +24,7 @@ from reasonvec.merging.methods import LinearMethod, Numerics
 from reasonvec.merging.parameters import Place, Setting, evaluate
 from reasonvec.merging.stages import Staged, Stages
 from reasonvec.merging.vocabulary import Vocabulary, lay_rows
-from reasonvec.names import is_embedding, is_vocabulary
+from reasonvec.names import is_embedding, is_matrix, is_vocabulary
 from reasonvec.terms import Operands, elements
 
 if TYPE_CHECKING:
@@ -118,6 +118,11 @@ class _Reader:
     seed: int
     steps: str | None
     """The format that every step is rounded to, if any."""
+    usual_weight: float | None
+
+    @property
+    def matrix(self) -> bool:
+        return is_matrix(self.place.name, self.dimensions)
 
     def value(self, key: str, default: float, model: int | None = None) -> float:
         levels = self.levels if model is None else [self.models[model].settings, *self.levels]
@@ -125,7 +130,8 @@ class _Reader:
 
     def weight(self, model: int) -> float:
         levels = [self.models[model].settings, *self.levels]
-        found = evaluate([level.get("weight") for level in levels], self.place, float("nan"))
+        usual = float("nan") if self.usual_weight is None else self.usual_weight
+        found = evaluate([level.get("weight") for level in levels], self.place, usual)
         if found != found:
             message = (
                 f"{self.models[model].input.label} has no weight: give it one under its "
@@ -558,6 +564,7 @@ class _Planner:
             self.numerics,
             self.seed,
             self._steps(info),
+            self.merge.method.usual_weight,
         )
         labels = tuple(m.input.label for m in here)
         try:
@@ -592,8 +599,14 @@ class _Planner:
             )
 
         steps = self.numerics == "mergekit" and method.stepwise
-        if isinstance(method, LinearMethod) and not steps:
-            said = method.coefficients(reader, len(models))
+        said = (
+            method.aside(reader, len(models))
+            if not isinstance(method, LinearMethod)
+            else None
+            if steps
+            else method.coefficients(reader, len(models))
+        )
+        if said is not None:
             if not said.differences:
                 terms = [
                     _times(c, term)
