@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, TypeAlias
@@ -76,7 +77,7 @@ class Coefficients:
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class Method(ABC):
     """What all methods have. ``models`` are the fewest and the most that it takes, the base of a
     "needed" or "optional" rule not counted; ``stepwise``: mergekit rounds the weights and every
     step to the working dtype, as its runs show."""
@@ -98,13 +99,13 @@ class Method:
                 said[_key(field.name)] = value
         return said
 
+    @abstractmethod
     def plan(self, read: Reader, models: int) -> Json:
         """The core's plan of one tensor.
 
         Raises:
             ReasonvecError: a parameter is out of its range.
         """
-        raise NotImplementedError
 
     def aside(self, read: Reader, models: int) -> Coefficients | None:
         """What it is at a tensor that the method proper is not for, if that is a weighted sum."""
@@ -168,13 +169,16 @@ def _shares(read: Reader, key: str, default: float, models: int) -> list[float]:
 class LinearMethod(Method):
     """A method whose coefficients depend on the tensor's place alone."""
 
+    @abstractmethod
     def coefficients(self, read: Reader, models: int) -> Coefficients:
         """What each model, or its difference from the base, is multiplied by.
 
         Raises:
             ReasonvecError: the weights cannot be normalised.
         """
-        raise NotImplementedError
+
+    def plan(self, read: Reader, models: int) -> Json:
+        return {"kind": "linear"}
 
 
 def _normalised(weights: Sequence[float], read: Reader, *, default: bool) -> list[float]:
