@@ -1,6 +1,7 @@
 # make demo   the whole story on small checkpoints       make test   every check that CI makes
 # make bench  figures beside peers and the disk          make fmt    format everything
 # make stubs  regenerate _reasonvec.pyi                  make fuzz   each fuzz target for a minute
+# make agreement  our merges against mergekit's own runs
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := demo
@@ -13,7 +14,7 @@ INSTALL := VIRTUAL_ENV=$(VENV) $(UV) pip install --quiet
 STUB := python/reasonvec/_reasonvec.pyi
 SOURCES := $(shell find rust -name '*.rs') Cargo.toml Cargo.lock pyproject.toml
 
-.PHONY: demo test test-rust test-python test-quick lint stubs check-stubs build bench kernels fmt fuzz clean
+.PHONY: demo test test-rust test-python test-quick lint stubs check-stubs build bench agreement kernels fmt fuzz clean
 
 demo: build
 	$(BIN)/reasonvec demo demo
@@ -82,6 +83,11 @@ bench: $(VENV)/.bench build
 	$(BIN)/python benches/compare.py
 	$(BIN)/python benches/merges.py
 	$(BIN)/python benches/spectral.py
+
+# mergekit brings its own torch, so this needs no other.
+agreement: $(VENV)/.test build
+	$(BIN)/python benches/peers.py
+	$(BIN)/python -m pytest tests/python/test_mergekit_agreement.py
 
 kernels:
 	cargo bench --no-default-features --bench kernels

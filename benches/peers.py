@@ -1,4 +1,7 @@
-"""mergekit, in a virtual environment of its own, doing what our commands do."""
+"""mergekit, in a virtual environment of its own, doing what our commands do.
+
+Run by itself, it installs that environment.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 from measure import Turn, run
 from shapes import SHARD_BYTES
 
+CACHE = Path(__file__).parent / ".cache"
 VERSION = "0.1.5"
 # The pins are its own lower bounds, so that no later release can break the comparison.
 _PACKAGES = (f"mergekit=={VERSION}", "pydantic~=2.10.6", "click==8.2.1")
@@ -61,3 +65,7 @@ def merge(command: Path, recipe: Path, output: Path, inputs: Sequence[Path]) -> 
         output=output,
         environment={"HF_HUB_OFFLINE": "1"},
     )
+
+
+if __name__ == "__main__":
+    print(mergekit(CACHE))

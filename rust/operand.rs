@@ -383,6 +383,11 @@ impl<W: Work> Reader<'_, W> {
         }
     }
 
+    /// Whether [`Reader::plain`] has an answer.
+    pub fn is_plain(&self) -> bool {
+        matches!(self.kind, Kind::Straight(Straight::Tensor { .. }))
+    }
+
     /// The corrections of a block: positions inside it, and what the coefficient makes of them.
     ///
     /// # Errors

@@ -46,32 +46,23 @@ impl Philox {
         x
     }
 
-    /// [`Philox::words`] at `L` counters in a row, which go through the rounds side by side.
+    /// [`Philox::words`] at counters in a row. Words stand in the lower halves of 64-bit lanes, whatever is above them: what multipliers take without
+    /// moving anything, so that compilers make many counters go through the rounds side by side.
     #[inline(always)]
-    #[allow(
-        clippy::needless_range_loop,
-        reason = "one index runs through four arrays, which compilers turn into lanes"
-    )]
-    pub fn words_of<const L: usize>(self, counter: u64) -> [[u32; 4]; L] {
-        let mut x = [[0u32; L]; 4];
-        for j in 0..L {
+    pub fn words_from(self, counter: u64, into: &mut [[u32; 4]]) {
+        const LOW: u64 = 0xFFFF_FFFF;
+        for (j, four) in into.iter_mut().enumerate() {
             let counter = counter.wrapping_add(j as u64);
-            x[0][j] = counter as u32;
-            x[1][j] = (counter >> 32) as u32;
-        }
-        let mut key = self.key;
-        for _ in 0..10 {
-            for j in 0..L {
-                let a = u64::from(MULTIPLIERS[0]) * u64::from(x[0][j]);
-                let b = u64::from(MULTIPLIERS[1]) * u64::from(x[2][j]);
-                x[0][j] = (b >> 32) as u32 ^ x[1][j] ^ key[0];
-                x[2][j] = (a >> 32) as u32 ^ x[3][j] ^ key[1];
-                x[1][j] = b as u32;
-                x[3][j] = a as u32;
+            let mut x = [counter, counter >> 32, 0, 0];
+            let mut key = self.key;
+            for _ in 0..10 {
+                let a = u64::from(MULTIPLIERS[0]) * (x[0] & LOW);
+                let b = u64::from(MULTIPLIERS[1]) * (x[2] & LOW);
+                x = [(b >> 32) ^ x[1] ^ u64::from(key[0]), b, (a >> 32) ^ x[3] ^ u64::from(key[1]), a];
+                key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
             }
-            key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
+            *four = x.map(|word| word as u32);
         }
-        std::array::from_fn(|j| [x[0][j], x[1][j], x[2][j], x[3][j]])
     }
 
     /// Standard normal deviates `2j` and `2j + 1` (Box-Muller).
@@ -175,8 +166,9 @@ mod tests {
     fn counters_side_by_side_give_the_same_words() {
         let generator = Philox::new(3, "a", 1);
         for from in [0, 5, u64::from(u32::MAX) - 3] {
-            let many = generator.words_of::<16>(from);
-            assert!((0..16).all(|j| many[j as usize] == generator.words(from + j)));
+            let mut many = [[0; 4]; 37];
+            generator.words_from(from, &mut many);
+            assert!((0..37).all(|j| many[j as usize] == generator.words(from + j)));
         }
     }
 

@@ -255,6 +255,16 @@ impl Search {
             .get_or_insert_with(|| Arc::new(Pass::new(lo, hi, zeros)));
     }
 
+    /// Takes part in another search's pass over the same stream, if it is the same: neighbouring ranks have one bracket.
+    pub fn join(&self, other: &Self) {
+        let Some(theirs) = other.pass() else { return };
+        let mut own = self.pass.write().unwrap_or_else(PoisonError::into_inner);
+        let same = |p: &Arc<Pass>| (p.lo, p.hi, p.zeros) == (theirs.lo, theirs.hi, theirs.zeros);
+        if own.as_ref().is_some_and(same) {
+            *own = Some(theirs);
+        }
+    }
+
     /// Ends a pass that has seen the whole stream: there is an answer now, or the next pass.
     pub fn end_pass<W: Work>(&self) {
         let Some(pass) = self.pass() else { return };
@@ -313,11 +323,10 @@ impl Search {
 /// number of its elements.
 fn bracket<W: Work>(sample: &[W], keys: &mut [W::Magnitude], rank: f64) -> (u64, u64) {
     let n = keys.len() as f64;
-    let nth = |keys: &mut [W::Magnitude], from_top: f64| -> u64 {
-        let at = (n - 1.0 - from_top).clamp(0.0, n - 1.0) as usize;
-        (*keys.select_nth_unstable(at).1).into()
-    };
-    let middle = magnitude::<W>(nth(keys, rank));
+    // Of keys in two parts around the one at a rank, those in the part that it is in need sorting out.
+    let place = |from_top: f64| (n - 1.0 - from_top).clamp(0.0, n - 1.0) as usize;
+    let at = place(rank);
+    let middle = *keys.select_nth_unstable(at).1;
     let shares = sample.chunks(RUN as usize).map(|run| {
         let above = run.iter().filter(|x| x.magnitude() > middle).count();
         let reached = run.iter().filter(|x| x.magnitude() >= middle).count();
@@ -328,8 +337,10 @@ fn bracket<W: Work>(sample: &[W], keys: &mut [W::Magnitude], rank: f64) -> (u64,
     let mean = shares.iter().sum::<f64>() / runs;
     let spread = shares.iter().map(|s| (s - mean) * (s - mean)).sum::<f64>() / (runs - 1.0).max(1.0);
     let margin = ERRORS * (spread / runs).sqrt() * n + 16.0;
-    let hi = if rank < margin { top::<W>() } else { nth(keys, rank - margin) };
-    let lo = if rank + margin > n - 1.0 { 0 } else { nth(keys, rank + margin) };
+    let hi =
+        if rank < margin { top::<W>() } else { (*keys[at..].select_nth_unstable(place(rank - margin) - at).1).into() };
+    let lo =
+        if rank + margin > n - 1.0 { 0 } else { (*keys[..=at].select_nth_unstable(place(rank + margin)).1).into() };
     // Zeros can be most of a stream: what is below a bracket from 1 on needs no counting.
     let lo = lo.max(1);
     (lo, hi.max(lo))

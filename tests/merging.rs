@@ -38,6 +38,7 @@ fn methods() -> Vec<(Value, bool, usize)> {
         (json!({"kind": "della", "density": density, "epsilon": [0.1, 0.1, 0.2], "rescale": "l1"}), true, 3),
         (json!({"kind": "breadcrumbs", "density": density, "gamma": [0.01, 0.1, 0.2]}), true, 3),
         (json!({"kind": "sce", "select_topk": 0.4}), true, 3),
+        (json!({"kind": "dare", "density": [0.0, 0.5, 1.0], "seed": 7}), true, 3),
         (json!({"kind": "sce"}), true, 3),
         (json!({"kind": "ram"}), true, 3),
         (json!({"kind": "ram", "plus": true}), true, 3),
@@ -238,7 +239,7 @@ fn a_method_that_cannot_be_carried_out_is_refused_before_anything_is_written() {
         (ties(json!([0.5])), true, 2, "ties has 1 numbers for density, but 2 models"),
         (ties(json!([0.5, 1.5])), true, 2, "density is 1.5, it is a share from 0 to 1"),
         (json!({"kind": "sce", "select_topk": -0.1}), true, 2, "select_topk is -0.1"),
-        (json!({"kind": "dare", "density": [0.0, 1.0]}), true, 2, "a density of 0 keeps nothing"),
+        (json!({"kind": "dare", "density": [-0.5, 1.0]}), true, 2, "density is -0.5"),
         (json!({"kind": "nearswap", "t": -1.0}), false, 2, "t is -1"),
     ];
     for (method, base, n, words) in cases {

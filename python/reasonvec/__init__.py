@@ -41,7 +41,10 @@ from reasonvec.merging.merge import (
     dare_ties,
     della,
     della_linear,
+    iso_c,
+    iso_cts,
     karcher,
+    knots,
     linear,
     lines,
     model_stock,
@@ -54,8 +57,11 @@ from reasonvec.merging.merge import (
     sce,
     slerp,
     stack,
+    star,
+    subspace_boosting,
     task_arithmetic,
     ties,
+    tsv_m,
 )
 
 __all__ = [
@@ -78,7 +84,10 @@ __all__ = [
     "della",
     "della_linear",
     "factors",
+    "iso_c",
+    "iso_cts",
     "karcher",
+    "knots",
     "lerp",
     "linear",
     "lines",
@@ -99,8 +108,11 @@ __all__ = [
     "simd_levels",
     "slerp",
     "stack",
+    "star",
+    "subspace_boosting",
     "task_arithmetic",
     "ties",
+    "tsv_m",
     "write_factors",
 ]
 

@@ -1,14 +1,15 @@
 """What a tensor's name says: the kind of module it belongs to, and its layer.
 
-Only for tables and for finding the two vocabulary matrices. Nothing decides by these words where a
-delta goes: that is by whole names, or by the table of expert layouts.
+Only for tables, and for telling the vocabulary and other matrices from what is none. Nothing
+decides by these words where a delta goes: that is by whole names, or by the table of expert
+layouts.
 """
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["is_embedding", "is_vocabulary", "kind_of", "layer_of"]
+__all__ = ["is_embedding", "is_matrix", "is_vocabulary", "kind_of", "layer_of"]
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,9})\.")
 _EXPERT = re.compile(r"(?:^|\.)experts\.")
@@ -101,3 +102,11 @@ def is_vocabulary(name: str) -> bool:
     """Whether the rows of the tensor are tokens."""
     # Asked of every tensor of a mixture, tens of thousands: most names are out at a glance.
     return _VOCABULARY.search(name) is not None and kind_of(name) in {"embed", "lm_head"}
+
+
+def is_matrix(name: str, dimensions: int) -> bool:
+    """Whether the tensor maps vectors to vectors: a matrix, or a packed stack of them (experts);
+    not the vocabulary's, whose rows are tokens, and no biases."""
+    if is_vocabulary(name) or name.endswith("bias"):
+        return False
+    return dimensions == 2 or (dimensions == 3 and kind_of(name).startswith("experts."))

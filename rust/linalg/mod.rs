@@ -11,9 +11,11 @@ pub mod dense;
 pub mod eigen;
 pub mod gram;
 mod inverse;
+pub(crate) mod packed;
 mod panel;
 pub mod plan;
 pub mod rsvd;
+pub(crate) mod whole;
 
 pub use panel::Matrix;
 

@@ -31,7 +31,7 @@ enum Solver {
     Slerp { t: f64, parallel: f64 },
     Multislerp { eps: f64 },
     Karcher { max_iter: usize, tol: f64 },
-    ModelStock,
+    ModelStock { floor: f64 },
 }
 
 /// What one vector is.
@@ -96,8 +96,8 @@ impl Gram {
                 (Solver::Multislerp { eps }, Unit::Tensor)
             }
             MethodPlan::Karcher { max_iter, tol } => (Solver::Karcher { max_iter, tol }, Unit::Tensor),
-            MethodPlan::ModelStock { filter_wise } => {
-                (Solver::ModelStock, if filter_wise { Unit::Row(row) } else { Unit::Tensor })
+            MethodPlan::ModelStock { filter_wise, floor } => {
+                (Solver::ModelStock { floor }, if filter_wise { Unit::Row(row) } else { Unit::Tensor })
             }
             _ => return Ok(None),
         };
@@ -117,7 +117,7 @@ impl Gram {
             Solver::Slerp { t, parallel } => slerp(products, t, parallel),
             Solver::Multislerp { eps } => multislerp(products, &self.weights, eps),
             Solver::Karcher { max_iter, tol } => karcher(products, max_iter, tol),
-            Solver::ModelStock => model_stock(products),
+            Solver::ModelStock { floor } => model_stock(products, floor),
         }
     }
 
@@ -167,9 +167,8 @@ impl Gram {
         elements: &Range<u64>,
     ) -> Result<()> {
         let n = (elements.end - elements.start) as usize;
-        points.base(&mut lanes.base[..n], elements);
         for i in 0..points.readers.len() {
-            let finite = points.input(i, &mut lanes.inputs[i][..n], &lanes.base[..n], elements)?;
+            let finite = points.input(i, &mut lanes.inputs[i][..n], &mut lanes.base[..n], elements)?;
             worker.check::<W>(job, finite, elements)?;
         }
         Ok(())
@@ -330,7 +329,6 @@ impl<W: Work> Update<W> for Combine<'_, W> {
         let (level, inputs) = (points.level, self.gram.weights.len());
         let Lanes { base, inputs: values, .. } = &mut *self.lanes;
         let (base, value) = (&mut base[..u.len()], &mut values[0][..u.len()]);
-        points.base(base, &elements);
         for i in 0..inputs {
             points.input(i, value, base, &elements)?;
             match self.gram.unit {
@@ -376,7 +374,12 @@ pub(super) fn runs(elements: &Range<u64>, row: u64) -> impl Iterator<Item = (usi
 
 /// Of two vectors; square roots apart, so that their product does not overflow. A zero vector is at right angles to everything.
 fn cosine(products: Products<'_>, i: usize, j: usize) -> f64 {
-    let scale = products[i][i].sqrt() * products[j][j].sqrt();
+    floored_cosine(products, i, j, 0.0)
+}
+
+/// The same, the product of the norms taken as `floor` where it is less.
+fn floored_cosine(products: Products<'_>, i: usize, j: usize, floor: f64) -> f64 {
+    let scale = (products[i][i].sqrt() * products[j][j].sqrt()).max(floor);
     if scale == 0.0 { 0.0 } else { (products[i][j] / scale).clamp(-1.0, 1.0) }
 }
 
@@ -392,12 +395,12 @@ fn slerp(products: Products<'_>, t: f64, parallel: f64) -> Vec<f64> {
 }
 
 /// `t / n` for everyone, with `t = n c / (1 + (n - 1) c)` and `c` the mean cosine of the pairs (arXiv 2403.19522, equation 2).
-fn model_stock(products: Products<'_>) -> Vec<f64> {
+fn model_stock(products: Products<'_>, floor: f64) -> Vec<f64> {
     let n = products.len();
     let (mut sum, mut count) = (0.0, 0.0);
     for i in 0..n {
         for j in i + 1..n {
-            sum += cosine(products, i, j);
+            sum += floored_cosine(products, i, j, floor);
             count += 1.0;
         }
     }
@@ -510,14 +513,15 @@ mod tests {
         assert!(near(&slerp(&right_angle(), 0.5, 0.9995), &[half, half]));
         assert!(near(&multislerp(&right_angle(), &[0.5, 0.5], 1e-8), &[1.5 * half / 2.0, 1.5 * half]));
         assert!(near(&karcher(&right_angle(), 10, 1e-5), &[1.5 * half / 2.0, 1.5 * half]));
-        assert!(near(&model_stock(&right_angle()), &[0.0, 0.0]));
+        assert!(near(&model_stock(&right_angle(), 0.0), &[0.0, 0.0]));
     }
 
     #[test]
     fn vectors_on_a_line_are_interpolated_on_it() {
         let line = vec![vec![1.0, 2.0], vec![2.0, 4.0]];
         assert_eq!(slerp(&line, 0.25, 0.9995), [0.75, 0.25]);
-        assert!(near(&model_stock(&line), &[0.5, 0.5]));
+        assert!(near(&model_stock(&line, 0.0), &[0.5, 0.5]));
+        assert!(near(&model_stock(&line, 4.0), &[1.0 / 3.0, 1.0 / 3.0]));
     }
 
     #[test]

@@ -89,7 +89,7 @@ pub(super) fn combine_tile<O: Element, W: Work>(
     };
     let (mut wide_target, mut change) = ([W::ZERO; MICRO], [W::ZERO; MICRO]);
     for (block, range) in tile.blocks() {
-        update.begin(&mut points(level, &target, tile, &mut readers), range.clone())?;
+        update.begin(&mut points(job, level, &target, tile, &mut readers), range.clone())?;
         gather_corrections(&readers, block, corrections)?;
         let mut pending = corrections.as_slice();
         let mut sums = Rounding::default();
@@ -97,7 +97,7 @@ pub(super) fn combine_tile<O: Element, W: Work>(
         while at < range.end {
             let end = (at + span).min(range.end);
             let acc = &mut acc[..(end - at) as usize];
-            if !update.make(&mut points(level, &target, tile, &mut readers), acc, at..end)? && !allow_nonfinite {
+            if !update.make(&mut points(job, level, &target, tile, &mut readers), acc, at..end)? && !allow_nonfinite {
                 return Err(blame_input::<W>(job, level, at..end, pool));
             }
             for (i, u) in acc.chunks(MICRO).enumerate() {
@@ -169,12 +169,14 @@ pub(super) fn combine_tile<O: Element, W: Work>(
 
 /// What a family may read of a tile.
 fn points<'r, 'a, W>(
+    job: &Job,
     level: Level,
     target: &'r Option<(&TensorView, Window<'_>)>,
     tile: &Tile,
     readers: &'r mut [Reader<'a, W>],
 ) -> Points<'r, 'a, W> {
-    Points { level, base: target.as_ref().map(|(t, w)| (t.dtype(), &**w)), from: tile.elements.start, readers }
+    let base = target.as_ref().map(|(t, w)| (t.dtype(), &**w));
+    Points { level, base, from: tile.elements.start, readers, steps: job.steps }
 }
 
 /// The sum of the terms.

@@ -5,24 +5,27 @@
 //! [`kernel::dot`](crate::simd::kernel::dot). Random choices are a function of seed, tensor name, model index and element index.
 
 use std::ops::Range;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::bf16::Work;
+use crate::dtype::Dtype;
 use crate::philox::{Philox, splitmix64};
-use crate::select::{Order, Search, Tally, magnitude, passes, places, top};
+use crate::select::{Order, Pass, Search, Tally, magnitude, passes, places, top};
 use crate::simd::Level;
-use crate::simd::dispatch::{self, MICRO};
+use crate::simd::dispatch::{self, Band, Draw, MICRO, with_element};
 use crate::stream::{BLOCK, Tile};
 use crate::{Error, Result};
 
 use super::gram::{micros, runs};
 use super::method::{MethodPlan, Rescale, Shape, Worker};
-use super::points::{Lanes, Opened, Points, Update};
+use super::points::{Lanes, Opened, Points, Update, round};
 use super::prepare::Job;
-use super::rows::{divergence, order};
+use super::rows::{Ranks, divergence};
 
 /// The stream number that keeps random masks apart from other uses of a seed.
 const MASK: u64 = 3;
+/// Elements whose windows fit the second-level cache together, for what is read once.
+const WINDOW: u64 = BLOCK / 8;
 /// A sum of weights smaller than this divides nothing.
 const TINY: f64 = 1e-8;
 
@@ -34,7 +37,8 @@ enum Rule {
     /// Select, calculate, erase (arXiv 2408.07990, section 3.2). With `mean = (d_1 + d_2 + ...) / n` and the spread `(d_1 - mean)^2 + (d_2 - mean)^2 + ...`, all in the
     /// work type, the positions of the `int(share * those not zero)` largest spreads are selected; `w_i` is the sum of `d_i^2` over them, divided by the sum of those
     /// sums in f64; only what has the sign of `d_1 + d_2 + ...` counts in their weighted mean.
-    Sce { agreement: Agreement },
+    /// Where the sums are less than `floor` on average per element, together, the weights are equal.
+    Sce { agreement: Agreement, floor: f64 },
     /// arXiv 2601.13572. The sum of the `d_i` above `epsilon`, in order, over the number that moved; what one model moved alone is first multiplied by
     /// `1 + r * clip(shared_i / alone_i, 0, alpha)` (f64, rounded once) with `plus`.
     Ram { plus: bool, epsilon: f64, r: f64, alpha: f64 },
@@ -111,12 +115,14 @@ pub(super) struct Scratch<W> {
     pub(super) lanes: Lanes<W>,
     tallies: Vec<Tally>,
     words: Vec<u32>,
+    lasts: Vec<u32>,
     bounds: Vec<Bound>,
-    /// What the rows of a block leave of each input.
+    /// What the rows that a block has a part in leave of each input, and where the block begins in them.
     chosen: Vec<Vec<W>>,
-    wide: Vec<W>,
-    keys: Vec<u64>,
-    ranked: Vec<u64>,
+    chosen_from: usize,
+    ranks: Ranks,
+    /// For each rank the last word with which it stays, and what it is divided by; zero if it never stays.
+    terms: Vec<(u32, W)>,
 }
 
 /// Up to some index elements of a magnitude stay that do not after it.
@@ -131,14 +137,6 @@ impl Bound {
     fn split(self, elements: &Range<u64>) -> (usize, u64, u64) {
         let at = self.at.clamp(elements.start, elements.end) - elements.start;
         (at as usize, self.key, self.key.saturating_add(1))
-    }
-
-    /// Keeps what is not taken.
-    fn drop<W: Work>(self, level: Level, x: &mut [W], elements: &Range<u64>) {
-        let (at, before, after) = self.split(elements);
-        let (head, tail) = x.split_at_mut(at);
-        dispatch::trim(level, head, W::Magnitude::default(), magnitude::<W>(before));
-        dispatch::trim(level, tail, W::Magnitude::default(), magnitude::<W>(after));
     }
 }
 
@@ -185,7 +183,8 @@ impl Mask {
                     if d >= 1.0 {
                         return Choice::All;
                     }
-                    let scale = if *rescale == Rescale::Density { 1.0 / d } else { 1.0 };
+                    // Of a density of 0 nothing stays, so nothing is rescaled.
+                    let scale = if *rescale == Rescale::Density && d > 0.0 { 1.0 / d } else { 1.0 };
                     Choice::Random { generator: generator(*seed, shape.name, i), bound: word_bound(d), scale }
                 };
                 if *rescale == Rescale::L1 && density.iter().any(|&d| d < 1.0) {
@@ -208,12 +207,13 @@ impl Mask {
                 let agreement = Agreement { elect: *consensus, normalize: *normalize, lambda: *lambda };
                 Rule::Chosen { choices: density.iter().zip(epsilon).enumerate().map(choice).collect(), agreement }
             }
-            MethodPlan::Sce { select_topk, lambda } => {
+            MethodPlan::Sce { select_topk, lambda, floor } => {
                 if *select_topk < 1.0 {
                     searches.push(Search::of_nonzero(*select_topk, n));
                     over.push(0);
                 }
-                Rule::Sce { agreement: Agreement { elect: true, normalize: true, lambda: *lambda } }
+                let agreement = Agreement { elect: true, normalize: true, lambda: *lambda };
+                Rule::Sce { agreement, floor: *floor }
             }
             MethodPlan::Ram { plus, epsilon, r, alpha } => {
                 if *plus {
@@ -266,6 +266,12 @@ impl Mask {
             diverged: OnceLock::new(),
             fence: OnceLock::new(),
         };
+        if mask.ranks() && mask.row > 1 << 32 {
+            return Err(Error::mismatch(
+                shape.name,
+                format!("rows of {} elements are too long to be ranked", mask.row),
+            ));
+        }
         if !mask.stages.contains(&Stage::Sums) {
             mask.solve_sums(&[]);
         }
@@ -301,12 +307,12 @@ impl Mask {
             _ if self.ranks() => {
                 // The window of a block with the whole of its first and last rows, read once more, and their ranks.
                 let wide = BLOCK + 2 * self.row;
-                wide * (work + work * inputs + work) + BLOCK * work * inputs + self.row * 16
+                wide * (work + work * inputs) + self.row * 2 * work + Ranks::memory(self.row)
             }
             Rule::Fusion => self.row * 4 * 8 + BLOCK * 2 * work,
             _ => 0,
         };
-        sample + rows + self.searches.len() as u64 * size_of::<Tally>() as u64 + MICRO as u64 * 4
+        sample + rows + self.searches.len() as u64 * size_of::<Tally>() as u64 + MICRO as u64 * 8
     }
 
     pub(super) fn give_up(&self) {
@@ -426,9 +432,15 @@ impl Mask {
                 };
                 models.map(scale).collect()
             }
-            Rule::Sce { .. } => {
+            Rule::Sce { floor, .. } => {
                 let total = sums.iter().fold(0.0, |sum, x| sum + x);
-                sums.iter().map(|x| if total == 0.0 { 0.0 } else { x / total }).collect()
+                let equal = total < floor * self.elements as f64;
+                let weight = |x: &f64| match total {
+                    0.0 => 0.0,
+                    _ if equal => 1.0 / sums.len() as f64,
+                    _ => x / total,
+                };
+                sums.iter().map(weight).collect()
             }
             Rule::Ram { plus, r, alpha, .. } => {
                 let factor = |i: usize| match pair(i) {
@@ -456,7 +468,7 @@ impl Mask {
             let mut opened = Opened::new(worker.level, job, &place, worker.pool)?;
             let mut points = opened.points();
             for elements in micros(place) {
-                let finite = self.values(&mut points, &mut scratch.lanes, &elements)?;
+                let finite = self.values(&mut points, &mut scratch.lanes, 0, &elements)?;
                 worker.check::<W>(job, finite, &elements)?;
                 let n = (elements.end - elements.start) as usize;
                 for (i, sample) in samples.iter_mut().enumerate() {
@@ -464,49 +476,44 @@ impl Mask {
                 }
             }
         }
-        for (search, &input) in self.searches.iter().zip(&self.over) {
+        for (i, (search, &input)) in self.searches.iter().zip(&self.over).enumerate() {
             search.begin(&samples[input]);
+            if i > 0 && self.over[i - 1] == input {
+                search.join(&self.searches[i - 1]);
+            }
         }
         Ok(())
     }
 
-    /// Reads the inputs of some elements, and makes what searches look at. Whether all inputs are finite.
+    /// Reads the inputs of some elements, and makes what searches look at, from place `at` of the buffers on. Whether all inputs are finite.
     fn values<W: Work>(
         &self,
         points: &mut Points<'_, '_, W>,
         lanes: &mut Lanes<W>,
+        at: usize,
         elements: &Range<u64>,
     ) -> Result<bool> {
-        let n = (elements.end - elements.start) as usize;
+        let here = at..at + (elements.end - elements.start) as usize;
         let level = points.level;
         let Lanes { base, inputs, more } = lanes;
-        points.base(&mut base[..n], elements);
+        let inputs = &mut inputs[..self.weights.len()];
         let mut finite = true;
-        for (i, input) in inputs.iter_mut().enumerate().take(self.weights.len()) {
-            finite &= points.input(i, &mut input[..n], &base[..n], elements)?;
+        for (i, input) in inputs.iter_mut().enumerate() {
+            finite &= points.input(i, &mut input[here.clone()], &mut base[here.clone()], elements)?;
         }
-        let [first, second, _] = more;
+        let [first, ..] = more;
         match &self.rule {
             Rule::Sce { .. } if !self.searches.is_empty() => {
-                // The mean of the inputs, and how far they are from it.
-                let (spread, mean) = (&mut first[..n], &mut second[..n]);
-                mean.fill(W::ZERO);
-                for input in &inputs[..self.weights.len()] {
-                    dispatch::add(level, mean, &input[..n]);
-                }
-                let models = W::from_f64(self.weights.len() as f64);
-                mean.iter_mut().for_each(|m| *m = *m / models);
-                spread.fill(W::ZERO);
-                for input in &inputs[..self.weights.len()] {
-                    dispatch::add_spread(level, spread, &input[..n], mean);
-                }
+                // How far the inputs are from their mean.
+                dispatch::spread(level, &mut first[here.clone()], inputs, here.start);
             }
             Rule::Fusion => {
                 let found = self.diverged.get().map_or(&[][..], Vec::as_slice);
+                let first = &mut first[here.clone()];
                 for (column, part) in runs(elements, self.row) {
                     let number = (elements.start + part.start as u64 - column as u64) / self.row;
                     let c = found.get(number as usize).copied().unwrap_or(0.0);
-                    dispatch::weigh(level, &mut first[part.clone()], &inputs[0][part], c);
+                    dispatch::weigh(level, &mut first[part.clone()], &inputs[0][here.clone()][part], c);
                 }
             }
             _ => {}
@@ -524,19 +531,29 @@ impl Mask {
 
     /// A pass of every search that has one to make.
     fn count<W: Work>(&self, worker: Worker<'_>, job: &Job, tile: &Tile, scratch: &mut Scratch<W>) -> Result<()> {
-        let passes: Vec<_> = self.searches.iter().map(Search::pass).collect();
+        let mut passes: Vec<_> = self.searches.iter().map(Search::pass).collect();
+        for i in 1..passes.len() {
+            let known = |p: &Arc<Pass>| passes[..i].iter().flatten().any(|other| Arc::ptr_eq(p, other));
+            if passes[i].as_ref().is_some_and(known) {
+                passes[i] = None;
+            }
+        }
         if passes.iter().all(Option::is_none) {
             return Ok(());
         }
-        let mut opened = Opened::new(worker.level, job, &tile.elements, worker.pool)?;
-        let mut points = opened.points();
-        for elements in micros(tile.elements.clone()) {
-            let finite = self.values(&mut points, &mut scratch.lanes, &elements)?;
-            worker.check::<W>(job, finite, &elements)?;
-            let n = (elements.end - elements.start) as usize;
-            for ((pass, tally), &input) in passes.iter().zip(&mut scratch.tallies).zip(&self.over) {
-                if let Some(pass) = pass {
-                    pass.count(worker.level, &self.stream(&scratch.lanes, input)[..n], tally);
+        let Range { start, end } = tile.elements;
+        for at in (start..end).step_by(WINDOW as usize) {
+            let window = at..(at + WINDOW).min(end);
+            let mut opened = Opened::new(worker.level, job, &window, worker.pool)?;
+            let mut points = opened.points();
+            for elements in points.spans(&window) {
+                let finite = self.values(&mut points, &mut scratch.lanes, 0, &elements)?;
+                worker.check::<W>(job, finite, &elements)?;
+                let n = (elements.end - elements.start) as usize;
+                for ((pass, tally), &input) in passes.iter().zip(&mut scratch.tallies).zip(&self.over) {
+                    if let Some(pass) = pass {
+                        pass.count(worker.level, &self.stream(&scratch.lanes, input)[..n], tally);
+                    }
                 }
             }
         }
@@ -559,8 +576,14 @@ impl Mask {
             let mut sums = vec![0.0; if matches!(self.rule, Rule::Sce { .. }) { models } else { 2 * models }];
             for elements in micros(range.clone()) {
                 let n = (elements.end - elements.start) as usize;
-                let finite = self.values(&mut points, &mut scratch.lanes, &elements)?;
-                worker.check::<W>(job, finite, &elements)?;
+                for part in points.spans(&elements) {
+                    let at = (part.start - elements.start) as usize;
+                    let finite = self.values(&mut points, &mut scratch.lanes, at, &part)?;
+                    worker.check::<W>(job, finite, &part)?;
+                    if matches!(self.rule, Rule::Sce { .. }) {
+                        self.select(worker.level, scratch, at, &part);
+                    }
+                }
                 match &self.rule {
                     Rule::Chosen { choices, .. } => {
                         for (i, choice) in choices.iter().enumerate() {
@@ -581,7 +604,7 @@ impl Mask {
                                 }
                                 Choice::Ranked { .. } => {
                                     sums[2 * i] += total(x, size);
-                                    let from = (elements.start - range.start) as usize;
+                                    let from = scratch.chosen_from + (elements.start - range.start) as usize;
                                     sums[2 * i + 1] += total(&scratch.chosen[i][from..from + n], size);
                                 }
                                 _ => {}
@@ -589,7 +612,6 @@ impl Mask {
                         }
                     }
                     Rule::Sce { .. } => {
-                        self.select(worker.level, scratch, &elements);
                         for (sum, input) in sums.iter_mut().zip(&scratch.lanes.inputs) {
                             *sum += dispatch::dot(worker.level, &input[..n], &input[..n]);
                         }
@@ -615,43 +637,47 @@ impl Mask {
         Ok(())
     }
 
-    /// Zeroes the inputs at positions that sce does not select.
-    fn select<W: Work>(&self, level: Level, scratch: &mut Scratch<W>, elements: &Range<u64>) {
+    /// Zeroes the inputs at positions that sce does not select, from place `from` of the buffers on.
+    fn select<W: Work>(&self, level: Level, scratch: &mut Scratch<W>, from: usize, elements: &Range<u64>) {
         let Some(bound) = scratch.bounds.first() else { return };
-        let n = (elements.end - elements.start) as usize;
         let (at, before, after) = bound.split(elements);
+        let (at, end) = (from + at, from + (elements.end - elements.start) as usize);
         let spread = &scratch.lanes.more[0];
         for input in &mut scratch.lanes.inputs[..self.weights.len()] {
-            dispatch::keep_where(level, &mut input[..at], &spread[..at], magnitude::<W>(before));
-            dispatch::keep_where(level, &mut input[at..n], &spread[at..n], magnitude::<W>(after));
+            dispatch::keep_where(level, &mut input[from..at], &spread[from..at], magnitude::<W>(before));
+            dispatch::keep_where(level, &mut input[at..end], &spread[at..end], magnitude::<W>(after));
         }
     }
 
     /// A row belongs to the tile in which it begins, which reads all of it.
     fn measure_rows<W: Work>(&self, worker: Worker<'_>, job: &Job, tile: &Tile) -> Result<()> {
         let rows = tile.elements.start.div_ceil(self.row)..tile.elements.end.div_ceil(self.row);
+        let (start, end) = (rows.start * self.row, (rows.end * self.row).min(self.elements));
         let mut found = Vec::with_capacity((rows.end - rows.start) as usize);
-        let (mut x, mut y) = (Vec::new(), Vec::new());
-        for row in rows.clone() {
-            let elements = row * self.row..((row + 1) * self.row).min(self.elements);
-            let mut piece = [W::ZERO; MICRO];
-            x.clear();
-            y.clear();
-            let mut at = elements.start;
-            while at < elements.end {
-                let window = at..(at + BLOCK).min(elements.end);
-                let mut opened = Opened::<W>::new(worker.level, job, &window, worker.pool)?;
-                let mut points = opened.points();
-                for elements in micros(window.clone()) {
+        let row = self.row.min(self.elements) as usize;
+        let (mut x, mut y, mut apart, mut filled) = (vec![0.0; row], vec![0.0; row], Vec::new(), 0);
+        let mut piece = [W::ZERO; MICRO];
+        let level = worker.level;
+        for at in (start..end).step_by(BLOCK as usize) {
+            let window = at..(at + BLOCK).min(end);
+            let mut opened = Opened::<W>::new(worker.level, job, &window, worker.pool)?;
+            let mut points = opened.points();
+            for (_, part) in runs(&window, self.row) {
+                let part = window.start + part.start as u64..window.start + part.end as u64;
+                for elements in micros(part.clone()) {
                     let piece = &mut piece[..(elements.end - elements.start) as usize];
+                    let here = filled..filled + piece.len();
                     points.base(piece, &elements);
-                    x.extend(piece.iter().map(|v| v.to_f64()));
+                    dispatch::double(level, &mut x[here.clone()], piece);
                     points.model(0, piece, &elements)?;
-                    y.extend(piece.iter().map(|v| v.to_f64()));
+                    dispatch::double(level, &mut y[here.clone()], piece);
+                    filled = here.end;
                 }
-                at = window.end;
+                if filled == row {
+                    found.push(divergence(level, &mut x, &mut y, &mut apart));
+                    filled = 0;
+                }
             }
-            found.push(divergence(worker.level, &mut x, &mut y));
         }
         let mut all = self.divergences.lock().unwrap_or_else(PoisonError::into_inner);
         all.resize(self.elements.div_ceil(self.row) as usize, 0.0);
@@ -691,12 +717,24 @@ impl Mask {
         let mut at = vec![None; self.searches.len()];
         if !open.is_empty() {
             let mut own = vec![0; self.searches.len()];
-            for elements in micros(block.clone()) {
-                self.values(points, &mut scratch.lanes, &elements)?;
+            for elements in points.spans(block) {
                 let n = (elements.end - elements.start) as usize;
+                let direct = matches!(self.rule, Rule::Chosen { .. })
+                    && open.iter().all(|&i| points.pair(self.over[i], &elements).is_some());
+                if !direct {
+                    self.values(points, &mut scratch.lanes, 0, &elements)?;
+                }
                 for &i in &open {
-                    let x = &self.stream(&scratch.lanes, self.over[i])[..n];
-                    own[i] += dispatch::count_equal(worker.level, x, magnitude::<W>(found(i).key));
+                    let key = magnitude::<W>(found(i).key);
+                    own[i] += match points.pair(self.over[i], &elements).filter(|_| direct) {
+                        Some((dtype, pair)) => {
+                            with_element!(dtype, E => dispatch::count_equal_apart::<E, W>(worker.level, pair, key))
+                        }
+                        None => {
+                            let x = &self.stream(&scratch.lanes, self.over[i])[..n];
+                            dispatch::count_equal(worker.level, x, key)
+                        }
+                    };
                 }
             }
             let before = self.order.pass(block.start / BLOCK, &own, worker.control)?;
@@ -732,7 +770,7 @@ impl Mask {
         let key = magnitude::<W>(self.searches[search].found().map_or(0, |t| t.key));
         let mut left = nth;
         for elements in micros(block.clone()) {
-            self.values(points, &mut scratch.lanes, &elements)?;
+            self.values(points, &mut scratch.lanes, 0, &elements)?;
             let x = &self.stream(&scratch.lanes, self.over[search])[..(elements.end - elements.start) as usize];
             for (i, x) in x.iter().enumerate() {
                 if x.magnitude() == key {
@@ -760,19 +798,46 @@ impl Mask {
         let n = (whole.end - whole.start) as usize;
         let mut opened = Opened::<W>::new(worker.level, job, &whole, worker.pool)?;
         let mut points = opened.points();
-        let Scratch { lanes, words, chosen, wide, keys, ranked, .. } = scratch;
-        wide.resize(n.max(wide.len()), W::ZERO);
+        let Scratch {
+            lanes: Lanes { base, more: [shares, ..], .. },
+            words,
+            lasts,
+            chosen,
+            chosen_from,
+            ranks,
+            terms,
+            ..
+        } = scratch;
+        *chosen_from = (block.start - whole.start) as usize;
+        let mut finite = true;
         for (i, choice) in choices.iter().enumerate() {
             let Choice::Ranked { generator, density, epsilon, divide } = choice else { continue };
+            let wide = &mut chosen[i];
+            wide.resize(n, W::ZERO);
             for elements in micros(whole.clone()) {
                 let (from, to) = ((elements.start - whole.start) as usize, (elements.end - whole.start) as usize);
-                points.base(&mut lanes.base[..to - from], &elements);
-                points.input(i, &mut wide[from..to], &lanes.base[..to - from], &elements)?;
+                finite &= points.input(i, &mut wide[from..to], &mut base[..to - from], &elements)?;
+            }
+            if !finite {
+                // What is beyond the block is for others to complain about.
+                let own = &wide[*chosen_from..*chosen_from + (block.end - block.start) as usize];
+                finite = own.iter().all(|x| x.is_finite());
+                worker.check::<W>(job, finite, block)?;
+                finite = true;
             }
             let last = (row.max(2) - 1) as f64;
+            terms.clear();
+            terms.extend((0..row.min(self.elements)).map(|rank| {
+                let p = if row == 1 { *density } else { (density + epsilon) - (2.0 * epsilon) * (rank as f64 / last) };
+                let p = p.clamp(0.0, 1.0);
+                match word_bound(p) {
+                    0 => (0, W::ZERO),
+                    bound => ((bound - 1) as u32, if *divide { W::from_f64(p) } else { W::from_f64(1.0) }),
+                }
+            }));
             for start in (0..n).step_by(row as usize) {
                 let x = &mut wide[start..(start + row as usize).min(n)];
-                order(x, keys, ranked);
+                ranks.find(worker.level, x);
                 let at = whole.start + start as u64;
                 for piece in micros(at..at + x.len() as u64) {
                     // Counters hold four words each, and rows begin anywhere.
@@ -780,24 +845,14 @@ impl Mask {
                     let words = &mut words[..(piece.end - aligned) as usize];
                     dispatch::words(worker.level, words, *generator, aligned);
                     let words = &words[(piece.start - aligned) as usize..];
-                    let from = (piece.start - at) as usize;
-                    let x = &mut x[from..from + words.len()];
-                    for ((x, &rank), &word) in x.iter_mut().zip(&keys[from..]).zip(words) {
-                        let p = if row == 1 {
-                            *density
-                        } else {
-                            (density + epsilon) - (2.0 * epsilon) * (rank as f64 / last)
-                        };
-                        let p = p.clamp(0.0, 1.0);
-                        let stays = u64::from(word) < (p * 4_294_967_296.0) as u64;
-                        let kept = if *divide { *x / W::from_f64(p) } else { *x };
-                        *x = if stays { kept } else { W::ZERO };
+                    let (from, n) = ((piece.start - at) as usize, words.len());
+                    let (lasts, shares) = (&mut lasts[..n], &mut shares[..n]);
+                    for ((last, share), &rank) in lasts.iter_mut().zip(&mut *shares).zip(&ranks.ranks[from..]) {
+                        (*last, *share) = terms[rank as usize];
                     }
+                    dispatch::keep_drawn(worker.level, &mut x[from..from + n], words, lasts, shares);
                 }
             }
-            let from = (block.start - whole.start) as usize;
-            chosen[i].clear();
-            chosen[i].extend_from_slice(&wide[from..from + (block.end - block.start) as usize]);
         }
         Ok(())
     }
@@ -819,6 +874,7 @@ impl<W: Work> Scratch<W> {
         self.lanes.fit(mask.weights.len());
         self.tallies.resize_with(mask.searches.len().max(self.tallies.len()), Tally::default);
         self.words.resize(MICRO + 4, 0);
+        self.lasts.resize(MICRO, 0);
         self.chosen.resize_with(mask.weights.len().max(self.chosen.len()), Vec::new);
     }
 }
@@ -847,63 +903,119 @@ impl<W: Work> Update<W> for Combine<'_, W> {
     }
 
     fn make(&mut self, points: &mut Points<'_, '_, W>, u: &mut [W], elements: Range<u64>) -> Result<bool> {
+        let mut finite = true;
+        for part in points.spans(&elements) {
+            let u = &mut u[(part.start - elements.start) as usize..(part.end - elements.start) as usize];
+            finite &= self.make_span(points, u, part)?;
+        }
+        Ok(finite)
+    }
+}
+
+impl<W: Work> Combine<'_, W> {
+    /// What a choice leaves of an input, times `c`; and the sum of that.
+    fn keep(
+        &mut self,
+        points: &mut Points<'_, '_, W>,
+        i: usize,
+        choice: &Choice,
+        elements: &Range<u64>,
+    ) -> Result<bool> {
+        let (level, n, first) = (points.level, (elements.end - elements.start) as usize, i == 0);
+        let c = W::from_f64(self.mask.weights[i] * self.solved[i]);
+        let Scratch { lanes: Lanes { base, inputs, more, .. }, words, bounds, chosen, chosen_from, .. } =
+            &mut *self.scratch;
+        let (x, sum, base) = (&mut inputs[i][..n], &mut more[SUM][..n], &mut base[..n]);
+        let everything = (n, 0, 0);
+        let ((lowest, floor, later_floor), (highest, ceiling, later_ceiling)) = match choice {
+            Choice::Ranked { .. } => {
+                let from = *chosen_from + (elements.start - self.block) as usize;
+                x.copy_from_slice(&chosen[i][from..from + n]);
+                let band = Band { floor: W::Magnitude::default(), ceiling: magnitude::<W>(u64::MAX), c };
+                dispatch::keep_scaled(level, x, sum, band, first);
+                return Ok(true);
+            }
+            Choice::Random { generator, bound, .. } => {
+                let words = &mut words[..n];
+                dispatch::words(level, words, *generator, elements.start);
+                if let Some((dtype, pair)) = points.pair(i, elements) {
+                    let draw = Draw { words, limit: *bound, c };
+                    let largest =
+                        with_element!(dtype, E => dispatch::draw_apart::<E, W>(level, x, sum, pair, draw, first));
+                    return Ok(W::from_magnitude(largest).is_finite());
+                }
+                let finite = points.input(i, x, base, elements)?;
+                dispatch::keep_random(level, x, words, *bound, W::from_f64(1.0));
+                let band = Band { floor: W::Magnitude::default(), ceiling: magnitude::<W>(u64::MAX), c };
+                dispatch::keep_scaled(level, x, sum, band, first);
+                return Ok(finite);
+            }
+            Choice::All => (everything, (n, u64::MAX, u64::MAX)),
+            Choice::Largest(kept) => (bounds[*kept].split(elements), (n, u64::MAX, u64::MAX)),
+            Choice::Between(kept, most) => (bounds[*kept].split(elements), bounds[*most].split(elements)),
+        };
+        let mut finite = true;
+        let mut cuts = [0, lowest, highest, n];
+        cuts.sort_unstable();
+        for cut in cuts.windows(2).filter(|cut| cut[0] < cut[1]) {
+            let floor = if cut[0] < lowest { floor } else { later_floor };
+            let ceiling = if cut[0] < highest { ceiling } else { later_ceiling };
+            let band = Band { floor: magnitude::<W>(floor), ceiling: magnitude::<W>(ceiling), c };
+            let (from, to) = (cut[0], cut[1]);
+            let elements = elements.start + from as u64..elements.start + to as u64;
+            let (x, sum) = (&mut x[from..to], &mut sum[from..to]);
+            if let Some((dtype, pair)) = points.pair(i, &elements) {
+                let largest = with_element!(dtype, E => dispatch::keep_apart::<E, W>(level, x, sum, pair, band, first));
+                finite &= W::from_magnitude(largest).is_finite();
+            } else {
+                finite &= points.input(i, x, &mut base[from..to], &elements)?;
+                dispatch::keep_scaled(level, x, sum, band, first);
+            }
+        }
+        Ok(finite)
+    }
+
+    fn make_span(&mut self, points: &mut Points<'_, '_, W>, u: &mut [W], elements: Range<u64>) -> Result<bool> {
         let (mask, level, n) = (self.mask, points.level, u.len());
         let models = mask.weights.len();
-        let finite = mask.values(points, &mut self.scratch.lanes, &elements)?;
-        match &mask.rule {
-            Rule::Chosen { choices, agreement } => {
-                let Scratch { lanes: Lanes { inputs, more, .. }, words, bounds, chosen, .. } = &mut *self.scratch;
+        if let Rule::Chosen { choices, agreement } = &mask.rule {
+            let mut finite = true;
+            for (i, choice) in choices.iter().enumerate() {
+                finite &= self.keep(points, i, choice, &elements)?;
+            }
+            if self.job.steps.is_some() {
+                let Lanes { inputs, more, .. } = &mut self.scratch.lanes;
                 let sum = &mut more[SUM][..n];
                 sum.fill(W::ZERO);
-                for (i, choice) in choices.iter().enumerate() {
-                    let c = W::from_f64(mask.weights[i] * self.solved[i]);
-                    let x = &mut inputs[i][..n];
-                    let mut floor = [W::Magnitude::default(); 2];
-                    let mut at = n;
-                    match choice {
-                        Choice::All => {}
-                        Choice::Largest(search) => {
-                            let (cut, before, after) = bounds[*search].split(&elements);
-                            (at, floor) = (cut, [magnitude::<W>(before), magnitude::<W>(after)]);
-                        }
-                        Choice::Between(kept, most) => {
-                            bounds[*most].drop(level, x, &elements);
-                            let (cut, before, after) = bounds[*kept].split(&elements);
-                            (at, floor) = (cut, [magnitude::<W>(before), magnitude::<W>(after)]);
-                        }
-                        Choice::Random { generator, bound, .. } => {
-                            let words = &mut words[..n];
-                            dispatch::words(level, words, *generator, elements.start);
-                            dispatch::keep_random(level, x, words, *bound, W::from_f64(1.0));
-                        }
-                        Choice::Ranked { .. } => {
-                            let from = (elements.start - self.block) as usize;
-                            x.copy_from_slice(&chosen[i][from..from + n]);
-                        }
-                    }
-                    let ((x, rest), (sum, rest_of_sum)) = (x.split_at_mut(at), sum.split_at_mut(at));
-                    dispatch::keep_scaled(level, x, sum, floor[0], c);
-                    dispatch::keep_scaled(level, rest, rest_of_sum, floor[1], c);
+                for input in &mut inputs[..models] {
+                    round(level, &mut input[..n], self.job.steps);
+                    dispatch::add(level, sum, &input[..n]);
                 }
-                consensus(level, *agreement, &mask.weights, &mut self.scratch.lanes, u);
             }
-            Rule::Sce { agreement } => {
+            consensus(level, *agreement, &mask.weights, self.job.steps, &mut self.scratch.lanes, u);
+            return Ok(finite);
+        }
+        let finite = mask.values(points, &mut self.scratch.lanes, 0, &elements)?;
+        match &mask.rule {
+            Rule::Chosen { .. } => {}
+            Rule::Sce { agreement, .. } => {
                 let sign = &mut self.scratch.lanes.more[2][..n];
                 sign.fill(W::ZERO);
                 for input in &self.scratch.lanes.inputs[..models] {
                     dispatch::add(level, sign, &input[..n]);
                 }
-                mask.select(level, self.scratch, &elements);
+                mask.select(level, self.scratch, 0, &elements);
                 let Lanes { inputs, more, .. } = &mut self.scratch.lanes;
                 let [_, sum, sign] = more;
                 let sum = &mut sum[..n];
-                sum.fill(W::ZERO);
-                for (input, &w) in inputs.iter_mut().zip(self.solved) {
+                for (i, (input, &w)) in inputs.iter_mut().zip(self.solved).enumerate() {
                     let input = &mut input[..n];
                     dispatch::keep_agreeing(level, input, &sign[..n]);
-                    dispatch::keep_scaled(level, input, sum, W::Magnitude::default(), W::from_f64(w));
+                    let (floor, ceiling) = (W::Magnitude::default(), magnitude::<W>(u64::MAX));
+                    let band = Band { floor, ceiling, c: W::from_f64(w) };
+                    dispatch::keep_scaled(level, input, sum, band, i == 0);
                 }
-                consensus(level, *agreement, self.solved, &mut self.scratch.lanes, u);
+                consensus(level, *agreement, self.solved, None, &mut self.scratch.lanes, u);
             }
             Rule::Ram { epsilon, .. } => {
                 let bound = W::from_f64(*epsilon);
@@ -937,23 +1049,38 @@ const SUM: usize = 1;
 /// Adds what stays of each input, already multiplied by `c_i = w_i * scale_i` (f64, rounded once), whose sum over the models is made. With `elect`,
 /// the sign is that of the sum, zero counting as positive, and only what has that sign counts (arXiv 2306.01708, section 3). With
 /// `normalize`, what counts is divided by its weights (each rounded, added in order), or by all of them without an election.
-/// `u = lambda * (sum / divisor)`.
-fn consensus<W: Work>(level: Level, agreement: Agreement, weights: &[f64], lanes: &mut Lanes<W>, u: &mut [W]) {
+/// `u = lambda * (sum / divisor)`. With `steps`, sum, divisor, quotient and product are each rounded to that format.
+fn consensus<W: Work>(
+    level: Level,
+    agreement: Agreement,
+    weights: &[f64],
+    steps: Option<Dtype>,
+    lanes: &mut Lanes<W>,
+    u: &mut [W],
+) {
     let n = u.len();
     let Lanes { inputs, more: [share, sum, _], .. } = lanes;
     let (share, sum, lambda) = (&mut share[..n], &sum[..n], W::from_f64(agreement.lambda));
     if agreement.elect {
-        u.fill(W::ZERO);
-        share.fill(W::ZERO);
-        for (input, &w) in inputs.iter().zip(weights) {
-            dispatch::add_agreeing(level, u, share, &input[..n], sum, W::from_f64(w));
+        for (i, (input, &w)) in inputs.iter().zip(weights).enumerate() {
+            dispatch::add_agreeing(level, u, share, &input[..n], sum, W::from_f64(w), i == 0);
         }
     } else {
         u.copy_from_slice(sum);
         share.fill(W::from_f64(weights.iter().fold(0.0, |sum, w| sum + w)));
     }
-    if agreement.normalize {
-        dispatch::divide(level, u, share, W::from_f64(TINY), lambda);
+    let (least, one) = (W::from_f64(TINY), W::from_f64(1.0));
+    if steps.is_some() {
+        round(level, u, steps);
+        round(level, share, steps);
+        if agreement.normalize {
+            dispatch::divide(level, u, share, least, one);
+            round(level, u, steps);
+        }
+        dispatch::scale(level, u, lambda);
+        round(level, u, steps);
+    } else if agreement.normalize {
+        dispatch::divide(level, u, share, least, lambda);
     } else {
         dispatch::scale(level, u, lambda);
     }

@@ -14,6 +14,7 @@ use super::gram::Gram;
 use super::linear::blame_input;
 use super::mask::Mask;
 use super::prepare::{Job, TensorPlan};
+use super::spectral::Spectral;
 
 /// How the models of a tensor are merged. Models come in the order of the terms, whose coefficients are their weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -58,6 +59,9 @@ pub enum MethodPlan {
         /// Whether each row is a vector.
         #[serde(default)]
         filter_wise: bool,
+        /// Products of two norms count as this much at least.
+        #[serde(default)]
+        floor: f64,
     },
     /// Trimmed by magnitude, then the sum of those that agree in sign.
     Ties {
@@ -133,6 +137,9 @@ pub enum MethodPlan {
         /// Share of positions that is kept.
         #[serde(default = "one")]
         select_topk: f64,
+        /// Where the mean squares of all models add up to less than this, all weigh the same.
+        #[serde(default)]
+        floor: f64,
         /// What the result is multiplied by.
         #[serde(default = "one")]
         lambda: f64,
@@ -159,6 +166,65 @@ pub enum MethodPlan {
     },
     /// Only what matters most, by distance and by the divergence of rows.
     ArceeFusion {},
+    /// The sum of the task vectors with all singular values at their mean.
+    IsoC {
+        /// What the result is multiplied by.
+        #[serde(default = "one")]
+        lambda: f64,
+    },
+    /// The same, with directions of each task in the place of the last ones of the sum.
+    IsoCts {
+        /// Share of the directions that are the sum's.
+        #[serde(default = "common")]
+        common: f64,
+        /// What the result is multiplied by.
+        #[serde(default = "one")]
+        lambda: f64,
+    },
+    /// The first singular vectors of every task, made orthogonal to each other.
+    TsvM {
+        /// Share of the directions that each task gets; an equal one if nothing is said.
+        #[serde(default)]
+        rank: Option<f64>,
+        /// What the result is multiplied by.
+        #[serde(default = "one")]
+        lambda: f64,
+    },
+    /// Each task vector truncated, and rescaled to the nuclear norm that it had.
+    Star {
+        /// Share of the nuclear norm that stays.
+        #[serde(default = "eta")]
+        eta: f64,
+        /// Directions that stay, whatever their share.
+        #[serde(default)]
+        rank: Option<usize>,
+        /// What the result is multiplied by.
+        #[serde(default = "one")]
+        lambda: f64,
+    },
+    /// The sum of the task vectors with small singular values raised.
+    Boost {
+        /// Values after those that make up this share of their sum are raised to the last of those.
+        #[serde(default = "hundredth")]
+        beta: f64,
+        /// What the result is multiplied by.
+        #[serde(default = "one")]
+        lambda: f64,
+    },
+    /// Merged in the space that the task vectors side by side span.
+    Knots {
+        /// Share of each part that is kept, model by model.
+        density: Vec<f64>,
+        /// Whether only what agrees in sign is added.
+        #[serde(default = "yes")]
+        elect: bool,
+        /// Whether the sum is divided by the weights in it.
+        #[serde(default = "yes")]
+        normalize: bool,
+        /// What the result is multiplied by.
+        #[serde(default = "one")]
+        lambda: f64,
+    },
 }
 
 /// What makes up for dropped elements.
@@ -198,6 +264,15 @@ fn tenth() -> f64 {
 fn fifth() -> f64 {
     0.2
 }
+fn common() -> f64 {
+    0.8
+}
+fn eta() -> f64 {
+    0.4
+}
+fn hundredth() -> f64 {
+    0.01
+}
 
 /// Whether a method adds to a base.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -225,7 +300,18 @@ impl MethodPlan {
             Self::Ram { .. } => "ram",
             Self::Nearswap { .. } => "nearswap",
             Self::ArceeFusion {} => "arcee_fusion",
+            Self::IsoC { .. } => "iso_c",
+            Self::IsoCts { .. } => "iso_cts",
+            Self::TsvM { .. } => "tsv_m",
+            Self::Star { .. } => "star",
+            Self::Boost { .. } => "boost",
+            Self::Knots { .. } => "knots",
         }
+    }
+
+    /// Whether it adds up what stays of task vectors, times weights.
+    pub(super) fn weighs(&self) -> bool {
+        matches!(self, Self::Ties { .. } | Self::Dare { .. } | Self::Della { .. } | Self::Breadcrumbs { .. })
     }
 
     fn base(&self) -> Base {
@@ -263,6 +349,7 @@ impl MethodPlan {
             Self::Ties { density, .. } | Self::Dare { density, .. } => &[("density", density)],
             Self::Della { density, epsilon, .. } => &[("density", density), ("epsilon", epsilon)],
             Self::Breadcrumbs { density, gamma, .. } => &[("density", density), ("gamma", gamma)],
+            Self::Knots { density, .. } => &[("density", density)],
             _ => &[],
         };
         for (what, list) in lists {
@@ -275,6 +362,10 @@ impl MethodPlan {
         }
         let shares = match self {
             Self::Sce { select_topk, .. } => Some(("select_topk", *select_topk)),
+            Self::IsoCts { common, .. } => Some(("common", *common)),
+            Self::Star { eta, .. } => Some(("eta", *eta)),
+            Self::Boost { beta, .. } => Some(("beta", *beta)),
+            Self::TsvM { rank: Some(rank), .. } => Some(("rank", *rank)),
             _ => None,
         };
         if let Some((what, x)) = shares.filter(|(_, x)| !(0.0..=1.0).contains(x)) {
@@ -288,7 +379,14 @@ impl MethodPlan {
             | Self::Dare { lambda, .. }
             | Self::Della { lambda, .. }
             | Self::Breadcrumbs { lambda, .. }
-            | Self::Sce { lambda, .. } => &[("lambda", *lambda)],
+            | Self::IsoC { lambda }
+            | Self::IsoCts { lambda, .. }
+            | Self::TsvM { lambda, .. }
+            | Self::Star { lambda, .. }
+            | Self::Boost { lambda, .. }
+            | Self::Knots { lambda, .. } => &[("lambda", *lambda)],
+            Self::ModelStock { floor, .. } => &[("floor", *floor)],
+            Self::Sce { lambda, floor, .. } => &[("lambda", *lambda), ("floor", *floor)],
             Self::Ram { epsilon, r, alpha, .. } => &[("epsilon", *epsilon), ("r", *r), ("alpha", *alpha)],
             _ => &[],
         };
@@ -300,10 +398,15 @@ impl MethodPlan {
         {
             return Some(format!("{name}: t is {t}, it is a distance"));
         }
-        if let Self::Dare { density, rescale: Rescale::Density, .. } = self
-            && density.contains(&0.0)
+        if let Self::TsvM { rank: Some(rank), .. } = self
+            && *rank * models as f64 > 1.0 + 1e-9
         {
-            return Some(format!("{name}: a density of 0 keeps nothing that could be rescaled; leave the model out"));
+            return Some(format!(
+                "{name}: rank is {rank} for each of {models} models, together more than the matrix has; it is at most 1 / {models}"
+            ));
+        }
+        if let Self::Star { rank: Some(0), .. } = self {
+            return Some(format!("{name}: rank is 0, at least one direction has to stay"));
         }
         None
     }
@@ -316,6 +419,8 @@ pub(super) enum Method {
     Gram(Gram),
     /// Masks.
     Mask(Box<Mask>),
+    /// Singular vectors.
+    Spectral(Box<Spectral>),
 }
 
 /// A tensor as methods see it.
@@ -359,6 +464,9 @@ impl Method {
         }
         let weights: Vec<f64> = terms.iter().map(|t| t.coefficient).collect();
         let shape = Shape { name: &plan.name, dims: &plan.shape, elements, double };
+        if let Some(spectral) = Spectral::new(method, &weights, shape)? {
+            return Ok(Some(Self::Spectral(Box::new(spectral))));
+        }
         Ok(Some(match Gram::new(method, &weights, shape)? {
             Some(gram) => Self::Gram(gram),
             None => Self::Mask(Box::new(Mask::new(method, weights, shape)?)),
@@ -370,6 +478,7 @@ impl Method {
         match self {
             Self::Gram(_) => 1,
             Self::Mask(m) => m.measures(),
+            Self::Spectral(s) => s.measures(),
         }
     }
 
@@ -378,13 +487,14 @@ impl Method {
         match self {
             Self::Gram(_) => 1,
             Self::Mask(m) => m.readings(),
+            Self::Spectral(s) => s.readings(),
         }
     }
 
     /// Whether a stage has nothing to do, which is known when the stage before has ended.
     pub(super) fn skips(&self, stage: usize) -> bool {
         match self {
-            Self::Gram(_) => false,
+            Self::Gram(_) | Self::Spectral(_) => false,
             Self::Mask(m) => m.skips(stage),
         }
     }
@@ -394,6 +504,7 @@ impl Method {
         match self {
             Self::Gram(g) => g.solve(),
             Self::Mask(m) => m.solve(stage),
+            Self::Spectral(_) => Ok(()),
         }
     }
 
@@ -402,6 +513,7 @@ impl Method {
         match self {
             Self::Gram(g) => g.shared_memory(),
             Self::Mask(m) => m.shared_memory(),
+            Self::Spectral(s) => s.shared_memory(),
         }
     }
 
@@ -410,6 +522,7 @@ impl Method {
         match self {
             Self::Gram(g) => g.memory(),
             Self::Mask(m) => m.memory(),
+            Self::Spectral(s) => s.memory(),
         }
     }
 
@@ -418,6 +531,8 @@ impl Method {
         match self {
             Self::Gram(g) => g.give_up(),
             Self::Mask(m) => m.give_up(),
+            // Nobody waits for a block of another.
+            Self::Spectral(_) => {}
         }
     }
 }
@@ -429,6 +544,8 @@ pub(super) struct Worker<'a> {
     pub(super) control: &'a Control,
     pub(super) pool: &'a Pool,
     pub(super) allow_nonfinite: bool,
+    /// Threads that it may start for work in memory, itself included.
+    pub(super) threads: usize,
 }
 
 impl Worker<'_> {

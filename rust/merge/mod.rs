@@ -10,6 +10,7 @@ pub mod output;
 mod points;
 pub mod prepare;
 mod rows;
+mod spectral;
 
 pub use method::{MethodPlan, Rescale};
 pub use output::{Done, apply};

@@ -120,6 +120,7 @@ pub fn apply(plan: &ApplyPlan, operands: Operands<'_>, control: &Control) -> Res
         visits,
         how: How { level: Level::current()?, digest: plan.digest, allow_nonfinite: plan.allow_nonfinite },
         control,
+        threads: budget.threads,
         gathered: todo.iter().map(|_| Mutex::new(None)).collect(),
         jobs: &todo,
         whole,
@@ -250,6 +251,7 @@ struct Run<'a> {
     plan: &'a ApplyPlan,
     how: How,
     control: &'a Control,
+    threads: usize,
     jobs: &'a [&'a Job],
     gathered: Vec<Mutex<Option<Gathered>>>,
     whole: Sender<usize>,
@@ -313,7 +315,9 @@ impl Run<'_> {
 
     fn worker<'w>(&'w self, pool: &'w Pool) -> Worker<'w> {
         let How { level, allow_nonfinite, .. } = self.how;
-        Worker { level, control: self.control, pool, allow_nonfinite }
+        // Two tensors are under way at a time.
+        let threads = self.threads.div_ceil(2);
+        Worker { level, control: self.control, pool, allow_nonfinite, threads }
     }
 
     fn combine(&self, scratch: &mut Scratch, visit: Visit, tile: &Tile) -> Result<()> {
@@ -417,6 +421,7 @@ fn measure<W: Work>(
     match method {
         Method::Gram(gram) => gram.measure(worker, job, tile, &mut buffers.method.lanes),
         Method::Mask(mask) => mask.measure(stage, worker, job, tile, &mut buffers.method),
+        Method::Spectral(spectral) => spectral.measure::<W>(worker, job, tile),
     }
 }
 
@@ -431,6 +436,7 @@ fn with_update<W: Work, R>(
         None => with(&mut Sum),
         Some(Method::Gram(gram)) => with(&mut gram.update(&mut scratch.lanes)),
         Some(Method::Mask(mask)) => with(&mut mask.update(worker, job, scratch)),
+        Some(Method::Spectral(spectral)) => with(&mut spectral.update(worker, job)),
     }
 }
 

@@ -19,6 +19,8 @@ pub(super) struct Points<'r, 'a, W> {
     /// Where the base's bytes begin.
     pub(super) from: u64,
     pub(super) readers: &'r mut [Reader<'a, W>],
+    /// The format that inputs are rounded to, and differences of them.
+    pub(super) steps: Option<Dtype>,
 }
 
 /// The windows and readers behind [`Points`].
@@ -27,6 +29,7 @@ pub(super) struct Opened<'a, W> {
     base: Option<(Dtype, Window<'a>)>,
     from: u64,
     readers: Vec<Reader<'a, W>>,
+    steps: Option<Dtype>,
 }
 
 impl<'a, W: Work> Opened<'a, W> {
@@ -40,7 +43,7 @@ impl<'a, W: Work> Opened<'a, W> {
         for term in &job.terms {
             readers.push(term.open::<W>(elements.clone(), pool)?);
         }
-        Ok(Self { level, base, from: elements.start, readers })
+        Ok(Self { level, base, from: elements.start, readers, steps: job.steps })
     }
 
     pub(super) fn points(&mut self) -> Points<'_, 'a, W> {
@@ -49,6 +52,7 @@ impl<'a, W: Work> Opened<'a, W> {
             base: self.base.as_ref().map(|(d, w)| (*d, &**w)),
             from: self.from,
             readers: &mut self.readers,
+            steps: self.steps,
         }
     }
 }
@@ -67,21 +71,50 @@ impl<W: Work> Points<'_, '_, W> {
         self.readers[i].add_times(W::from_f64(1.0), self.level, into, elements.clone(), true)
     }
 
-    /// A model less the base, or the model where there is none. Whether all of it is finite.
-    pub(super) fn input(&mut self, i: usize, into: &mut [W], base: &[W], elements: &Range<u64>) -> Result<bool> {
-        if let (Some(_), Some((dtype, bytes))) = (self.base, self.readers[i].plain(elements)) {
-            let largest = with_element!(dtype, E => dispatch::task::<E, W>(self.level, into, bytes, base));
+    /// A model's bytes and the base's, where both are tensors of one format, and their difference is taken as it is.
+    pub(super) fn pair(&self, i: usize, elements: &Range<u64>) -> Option<(Dtype, [&[u8]; 2])> {
+        let (dtype, base) = self.base.filter(|_| self.steps.is_none())?;
+        let (own, bytes) = self.readers[i].plain(elements)?;
+        let at = |i: u64| (i - self.from) as usize * dtype.size();
+        (own == dtype).then(|| (dtype, [bytes, &base[at(elements.start)..at(elements.end)]]))
+    }
+
+    /// A model less the base, or the model where there is none. Whether all of it is finite. The base may be widened on the way.
+    pub(super) fn input(&mut self, i: usize, into: &mut [W], base: &mut [W], elements: &Range<u64>) -> Result<bool> {
+        if let Some((dtype, pair)) = self.pair(i, elements) {
+            let largest = with_element!(dtype, E => dispatch::apart::<E, W>(self.level, into, pair));
             return Ok(W::from_magnitude(largest).is_finite());
         }
         self.model(i, into, elements)?;
+        round(self.level, into, self.steps);
         let largest = if self.base.is_some() {
+            self.base(base, elements);
+            round(self.level, base, self.steps);
             dispatch::less(self.level, into, base)
         } else {
             dispatch::largest(self.level, into)
         };
+        round(self.level, into, self.steps);
         Ok(W::from_magnitude(largest).is_finite())
     }
+
+    /// Some elements in pieces whose buffers fit the first-level cache together; but what is costly to begin is read a MICRO at a time.
+    pub(super) fn spans(&self, elements: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<W> {
+        let span = if self.readers.iter().all(Reader::is_plain) { SPAN } else { MICRO };
+        let Range { start, end } = *elements;
+        (start..end).step_by(span).map(move |at| at..(at + span as u64).min(end))
+    }
 }
+
+/// Rounds to a format, if one is given.
+pub(super) fn round<W: Work>(level: Level, x: &mut [W], steps: Option<Dtype>) {
+    if let Some(dtype) = steps {
+        with_element!(dtype, E => dispatch::round::<E, W>(level, x));
+    }
+}
+
+/// Elements that are taken through all steps of a method before the next.
+const SPAN: usize = 1024;
 
 /// The buffers of a worker: [`MICRO`] elements each.
 #[derive(Debug, Default)]

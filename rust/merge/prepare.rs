@@ -73,6 +73,9 @@ pub struct TensorPlan {
     /// How its terms are merged; they are added if nothing is said. With a method they are models, and their coefficients are weights.
     #[serde(default)]
     pub method: Option<MethodPlan>,
+    /// The format to which inputs and every step of the method are rounded, if any: only of methods that weigh what stays of task vectors.
+    #[serde(default)]
+    pub steps: Option<String>,
 }
 
 /// What a plan will take.
@@ -102,6 +105,7 @@ pub(super) struct Job {
     pub(super) double: bool,
     pub(super) by_block: bool,
     pub(super) method: Option<Method>,
+    pub(super) steps: Option<Dtype>,
 }
 
 impl Job {
@@ -301,6 +305,14 @@ fn prepare_tensor(plan: &TensorPlan, shard: usize, offset: u64, operands: Operan
         equal.push(t);
     }
     let method = Method::prepare(plan, &terms, elements, double)?;
+    let steps = plan.steps.as_ref().map(|name| dtype(name, &plan.name)).transpose()?;
+    if steps.is_some_and(|d| !d.is_float())
+        || (steps.is_some() && !plan.method.as_ref().is_some_and(MethodPlan::weighs))
+    {
+        let problem =
+            format!("the steps of this method cannot be rounded to {}", plan.steps.as_deref().unwrap_or_default());
+        return Err(Error::mismatch(&plan.name, problem));
+    }
     let by_block = method.is_none() && terms.iter().any(Term::by_block);
     Ok(Job {
         name: plan.name.clone(),
@@ -315,6 +327,7 @@ fn prepare_tensor(plan: &TensorPlan, shard: usize, offset: u64, operands: Operan
         double,
         by_block,
         method,
+        steps,
     })
 }
 

@@ -6,27 +6,139 @@ use crate::simd::Level;
 use crate::simd::dispatch::{self, MICRO};
 use crate::stream::BLOCK;
 
-/// Rows shorter than this are not worth a radix sort.
+/// Rows shorter than this are sorted by comparison.
 const SHORT: usize = 256;
+/// Of the powers of two below the largest magnitude, those that have buckets of their own.
+const OCTAVES: u32 = 12;
 const DIGIT: u32 = 11;
 
-/// The rank of every element by falling magnitude, of equals the lowest index first, into `ranks`.
-pub(super) fn order<W: Work>(row: &[W], ranks: &mut Vec<u64>, sorted: &mut Vec<u64>) {
-    let n = row.len();
-    ranks.clear();
-    sorted.clear();
-    if size_of::<W>() == 8 || n < SHORT || n > u32::MAX as usize {
-        sorted.extend(0..n as u64);
-        sorted.sort_by(|&a, &b| row[b as usize].magnitude().cmp(&row[a as usize].magnitude()));
-        ranks.resize(n, 0);
-    } else {
+/// Ranks by falling magnitude, of equals the lowest index first. The differences of 16-bit formats have few values, so most buckets of magnitudes hold one,
+/// and ranks are a matter of counting; only what shares its bucket with other values is sorted.
+#[derive(Debug, Default)]
+pub(super) struct Ranks {
+    /// What [`Ranks::find`] found. Where the magnitude is zero it may be any number below the row's length.
+    pub(super) ranks: Vec<u32>,
+    buckets: Vec<u32>,
+    some: Vec<u64>,
+    odd: Vec<u64>,
+    counts: Vec<u32>,
+    mixed: Vec<u8>,
+    words: Vec<u64>,
+    sorted: Vec<u64>,
+}
+
+/// The indices of set bits.
+fn set_bits(words: &[u64]) -> impl Iterator<Item = usize> + '_ {
+    words.iter().enumerate().flat_map(|(i, &word)| {
+        let mut left = word;
+        std::iter::from_fn(move || {
+            let bit = left.trailing_zeros() as usize;
+            (left != 0).then(|| {
+                left &= left - 1;
+                i * 64 + bit
+            })
+        })
+    })
+}
+
+impl Ranks {
+    /// Bytes for rows of a length.
+    pub(super) fn memory(row: u64) -> u64 {
+        row * 25 + u64::from(OCTAVES << 10) * 5
+    }
+
+    /// Ranks the elements of a row of at most 2^32.
+    pub(super) fn find<W: Work>(&mut self, level: Level, row: &[W]) {
+        let n = row.len();
+        self.ranks.clear();
+        self.ranks.resize(n, 0);
+        if size_of::<W>() == 8 || n < SHORT {
+            self.sorted.clear();
+            self.sorted.extend(0..n as u64);
+            self.sorted.sort_by(|&a, &b| row[b as usize].magnitude().cmp(&row[a as usize].magnitude()));
+        } else if self.count(level, row) {
+            return;
+        } else {
+            self.sort(row);
+        }
+        for (rank, &word) in self.sorted.iter().enumerate() {
+            self.ranks[(word & u64::from(u32::MAX)) as usize] = rank as u32;
+        }
+    }
+
+    /// By counting; whether that was possible.
+    fn count<W: Work>(&mut self, level: Level, row: &[W]) -> bool {
+        let Self { ranks, buckets, some, odd, counts, mixed, words, .. } = self;
+        let (n, groups) = (row.len(), row.len().div_ceil(64));
+        buckets.clear();
+        buckets.resize(groups * 64, 0);
+        some.resize(groups, 0);
+        odd.resize(groups, 0);
+        let mut largest = 0;
+        for (buckets, row) in buckets.chunks_mut(MICRO).zip(row.chunks(MICRO)) {
+            largest = largest.max(dispatch::keys(level, buckets, row));
+        }
+        // As many buckets as a row of differences has values, more or less.
+        let shift = 15 - (n / 3072).min(2) as u32;
+        let lowest = (largest >> shift).saturating_sub(OCTAVES << (23 - shift));
+        let all = (largest >> shift) - lowest + 2;
+        dispatch::buckets(level, buckets, some, odd, shift, lowest);
+        counts.clear();
+        counts.resize(all as usize, 0);
+        for i in set_bits(some) {
+            counts[buckets[i] as usize] += 1;
+        }
+        let mut before = 0;
+        for count in counts.iter_mut().rev() {
+            before += std::mem::replace(count, before);
+        }
+        words.clear();
+        if odd.iter().any(|&word| word != 0) {
+            mixed.clear();
+            mixed.resize(all as usize, 0);
+            for i in set_bits(odd) {
+                mixed[buckets[i] as usize] = 1;
+            }
+            words.resize(n, 0);
+            let mut found = 0;
+            for i in set_bits(some) {
+                let key: u64 = row[i].magnitude().into();
+                words[found] = (u64::from(u32::MAX) - key) << 32 | i as u64;
+                found += usize::from(mixed[buckets[i] as usize]);
+            }
+            words.truncate(found);
+            if found > n / 4 {
+                return false;
+            }
+            words.sort_unstable();
+        }
+        for i in set_bits(some) {
+            let next = &mut counts[buckets[i] as usize];
+            ranks[i] = *next;
+            *next += 1;
+        }
+        // The counts have reached the end of their buckets.
+        let place = |word: u64| (word & u64::from(u32::MAX)) as usize;
+        for equals in words.chunk_by(|&a, &b| buckets[place(a)] == buckets[place(b)]) {
+            let from = counts[buckets[place(equals[0])] as usize] - equals.len() as u32;
+            for (rank, &word) in (from..).zip(equals) {
+                ranks[place(word)] = rank;
+            }
+        }
+        true
+    }
+
+    /// By sorting digits.
+    fn sort<W: Work>(&mut self, row: &[W]) {
+        let Self { words, sorted, .. } = self;
         // The key's complement, which rises where magnitudes fall, and the index below it.
         let word = |(i, x): (usize, &W)| {
             let key: u64 = x.magnitude().into();
             (u64::from(u32::MAX >> 1) - key) << 32 | i as u64
         };
+        sorted.clear();
         sorted.extend(row.iter().enumerate().map(word));
-        ranks.resize(n, 0);
+        words.resize(row.len(), 0);
         let mut counts = [[0u32; 1 << DIGIT]; 3];
         let digit = |word: u64, place: usize| (word >> (32 + DIGIT * place as u32)) as usize & ((1 << DIGIT) - 1);
         for &word in sorted.iter() {
@@ -41,14 +153,11 @@ pub(super) fn order<W: Work>(row: &[W], ranks: &mut Vec<u64>, sorted: &mut Vec<u
             }
             for &word in sorted.iter() {
                 let slot = &mut counts[digit(word, place)];
-                ranks[*slot as usize] = word;
+                words[*slot as usize] = word;
                 *slot += 1;
             }
-            std::mem::swap(sorted, ranks);
+            std::mem::swap(sorted, words);
         }
-    }
-    for (rank, &word) in sorted.iter().enumerate() {
-        ranks[(word & u64::from(u32::MAX)) as usize] = rank as u64;
     }
 }
 
@@ -62,23 +171,22 @@ fn dot(level: Level, a: &[f64], b: &[f64]) -> f64 {
 
 /// `KL(softmax(y) || softmax(x))`, at least 0: with the largest elements `m_x` and `m_y` and `e_y = exp(y - m_y)`,
 /// `sum(e_y (y - x)) / sum(e_y) - ((m_y - m_x) + (ln sum(e_y) - ln sum(e_x)))`. The buffers are used up.
-pub(super) fn divergence(level: Level, x: &mut [f64], y: &mut [f64]) -> f64 {
-    let largest = |v: &[f64]| v.iter().fold(f64::NEG_INFINITY, |m, &x| if x > m { x } else { m });
-    let (m_x, m_y) = (largest(x), largest(y));
-    let ones = vec![1.0; x.len().min(BLOCK as usize)];
-    let ones: &[f64] = &ones;
+pub(super) fn divergence(level: Level, x: &mut [f64], y: &mut [f64], apart: &mut Vec<f64>) -> f64 {
+    static ONES: [f64; MICRO] = [1.0; MICRO];
+    let (m_x, m_y) = (dispatch::highest(level, x), dispatch::highest(level, y));
     let total = |v: &[f64]| {
         v.chunks(BLOCK as usize).fold(0.0, |sum, block| {
-            sum + block.chunks(MICRO).fold(0.0, |sum, v| sum + dispatch::dot(level, v, &ones[..v.len()]))
+            sum + block.chunks(MICRO).fold(0.0, |sum, v| sum + dispatch::dot(level, v, &ONES[..v.len()]))
         })
     };
-    let apart: Vec<f64> = y.iter().zip(x.iter()).map(|(y, x)| y - x).collect();
+    apart.resize(x.len(), 0.0);
+    dispatch::minus(level, apart, y, x);
     for (v, m) in [(&mut *x, m_x), (&mut *y, m_y)] {
         v.chunks_mut(MICRO).for_each(|v| dispatch::exp_less(level, v, m));
     }
     let (z_x, z_y) = (total(x), total(y));
     let shift = (m_y - m_x) + (ln(z_y) - ln(z_x));
-    let found = dot(level, y, &apart) / z_y - shift;
+    let found = dot(level, y, apart) / z_y - shift;
     // Not `max`, which would take a NaN for a zero.
     if found < 0.0 { 0.0 } else { found }
 }
@@ -90,15 +198,35 @@ mod tests {
 
     proptest! {
         #[test]
-        fn ranks_are_those_of_a_stable_sort(steps in prop::collection::vec(-40i32..40, 1..3000)) {
-            let row: Vec<f32> = steps.iter().map(|&s| s as f32 * 0.01).collect();
+        fn ranks_are_those_of_a_stable_sort(seed in 0u64..1 << 40, n in 1usize..9000, kind in 0u8..5) {
+            let normal = crate::philox::Philox::new(seed, "rows", 3);
+            let short = |x: f64| f32::from_bits((x as f32).to_bits() & 0xFFFF_0000);
+            let value = |i: u64| {
+                let [a, b] = normal.normal_pair(i);
+                match kind {
+                    // Every value another: more to sort than to count.
+                    0 => a as f32,
+                    // What two models in a 16-bit format differ by.
+                    1 => short(a * 0.02 + b * 0.0005) - short(a * 0.02),
+                    // Mostly zeros of both signs.
+                    2 if !i.is_multiple_of(9) => 0.0 * a as f32,
+                    // Much smaller than the largest.
+                    3 if !i.is_multiple_of(5) => (a * 1e-9) as f32,
+                    4 => (a * 3.0).round() as f32 * 0.01,
+                    _ => short(b),
+                }
+            };
+            let row: Vec<f32> = (0..n as u64).map(value).collect();
             let wide: Vec<f64> = row.iter().map(|&x| f64::from(x)).collect();
             let mut expected: Vec<usize> = (0..row.len()).collect();
             expected.sort_by(|&a, &b| row[b].abs().total_cmp(&row[a].abs()));
-            let (mut ranks, mut sorted) = (Vec::new(), Vec::new());
-            for single in [true, false] {
-                if single { order(&row, &mut ranks, &mut sorted) } else { order(&wide, &mut ranks, &mut sorted) }
-                prop_assert!(expected.iter().enumerate().all(|(rank, &i)| ranks[i] == rank as u64));
+            let mut found = Ranks::default();
+            for single in Level::available().into_iter().map(Some).chain([None]) {
+                match single {
+                    Some(level) => found.find(level, &row),
+                    None => found.find(Level::portable(), &wide),
+                }
+                prop_assert!(expected.iter().enumerate().all(|(rank, &i)| row[i] == 0.0 || found.ranks[i] == rank as u32));
             }
         }
     }
@@ -113,8 +241,8 @@ mod tests {
         let (p, q) = (softmax(&y), softmax(&x));
         let expected: f64 = p.iter().zip(&q).map(|(p, q)| p * (p / q).ln()).sum();
         for level in Level::available() {
-            assert!((divergence(level, &mut x.clone(), &mut y.clone()) - expected).abs() < 1e-12);
-            assert_eq!(divergence(level, &mut x.clone(), &mut x.clone()), 0.0);
+            assert!((divergence(level, &mut x.clone(), &mut y.clone(), &mut Vec::new()) - expected).abs() < 1e-12);
+            assert_eq!(divergence(level, &mut x.clone(), &mut x.clone(), &mut Vec::new()), 0.0);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Stamps each body of [`super::kernel`] for every instruction set and calls the one of a [`Level`].
 
 use super::kernel;
-pub use super::kernel::{Extent, MICRO, PanelOf, Rounding};
+pub use super::kernel::{Band, Draw, Extent, MICRO, PanelOf, Rounding, TURNED};
 use super::level::{Level, Set};
 use crate::bf16::{Element, Work};
 use crate::philox::Philox;
@@ -126,6 +126,10 @@ stamp!(
     multiply [W: Work] (into: &mut [W], a: &[W], b: &[W], strides: [usize; 3], size: [usize; 3], tall: usize)
 );
 stamp!(
+    /// [`kernel::turn`] at a level.
+    turn [W: Work] (strip: &mut [W], from: usize, turns: &[[W; 2]])
+);
+stamp!(
     /// [`kernel::flip`] at a level.
     flip [W: Work] (values: &mut [W], generator: Philox, from: u64)
 );
@@ -134,12 +138,52 @@ stamp!(
     less [W: Work] (x: &mut [W], base: &[W]) -> W::Magnitude
 );
 stamp!(
-    /// [`kernel::task`] at a level.
-    task [E: Element, W: Work] (into: &mut [W], x: &[u8], base: &[W]) -> W::Magnitude
+    /// [`kernel::keep_scaled`] at a level.
+    keep_scaled [W: Work] (x: &mut [W], sum: &mut [W], band: Band<W>, first: bool)
 );
 stamp!(
-    /// [`kernel::keep_scaled`] at a level.
-    keep_scaled [W: Work] (x: &mut [W], sum: &mut [W], floor: W::Magnitude, c: W)
+    /// [`kernel::apart`] at a level.
+    apart [E: Element, W: Work] (into: &mut [W], pair: [&[u8]; 2]) -> W::Magnitude
+);
+stamp!(
+    /// [`kernel::keep_apart`] at a level.
+    keep_apart [E: Element, W: Work] (into: &mut [W], sum: &mut [W], pair: [&[u8]; 2], band: Band<W>, first: bool) -> W::Magnitude
+);
+stamp!(
+    /// [`kernel::draw_apart`] at a level.
+    draw_apart [E: Element, W: Work] (into: &mut [W], sum: &mut [W], pair: [&[u8]; 2], draw: Draw<'_, W>, first: bool) -> W::Magnitude
+);
+stamp!(
+    /// [`kernel::count_equal_apart`] at a level.
+    count_equal_apart [E: Element, W: Work] (pair: [&[u8]; 2], key: W::Magnitude) -> u64
+);
+stamp!(
+    /// [`kernel::keep_drawn`] at a level.
+    keep_drawn [W: Work] (x: &mut [W], words: &[u32], last: &[u32], share: &[W])
+);
+stamp!(
+    /// [`kernel::keys`] at a level.
+    keys [W: Work] (into: &mut [u32], x: &[W]) -> u32
+);
+stamp!(
+    /// [`kernel::buckets`] at a level.
+    buckets [] (keys: &mut [u32], some: &mut [u64], odd: &mut [u64], shift: u32, lowest: u32)
+);
+stamp!(
+    /// [`kernel::round`] at a level.
+    round [E: Element, W: Work] (x: &mut [W])
+);
+stamp!(
+    /// [`kernel::minus`] at a level.
+    minus [] (into: &mut [f64], y: &[f64], x: &[f64])
+);
+stamp!(
+    /// [`kernel::highest`] at a level.
+    highest [] (x: &[f64]) -> f64
+);
+stamp!(
+    /// [`kernel::double`] at a level.
+    double [W: Work] (into: &mut [f64], x: &[W])
 );
 stamp!(
     /// [`kernel::largest`] at a level.
@@ -175,7 +219,7 @@ stamp!(
 );
 stamp!(
     /// [`kernel::add_agreeing`] at a level.
-    add_agreeing [W: Work] (acc: &mut [W], share: &mut [W], x: &[W], sign: &[W], w: W)
+    add_agreeing [W: Work] (acc: &mut [W], share: &mut [W], x: &[W], sign: &[W], w: W, first: bool)
 );
 stamp!(
     /// [`kernel::divide`] at a level.
@@ -199,8 +243,8 @@ stamp!(
     exp_less [] (x: &mut [f64], m: f64)
 );
 stamp!(
-    /// [`kernel::add_spread`] at a level.
-    add_spread [W: Work] (acc: &mut [W], x: &[W], mean: &[W])
+    /// [`kernel::spread`] at a level.
+    spread [W: Work] (into: &mut [W], inputs: &[Vec<W>], at: usize)
 );
 stamp!(
     /// [`kernel::count_moved`] at a level.

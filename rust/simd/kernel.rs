@@ -379,6 +379,31 @@ pub fn agreement<W: Work>(a: &[W], b: &[W]) -> (u64, u64) {
     (u64::from(both), u64::from(agree))
 }
 
+/// Columns of a strip whose rows are turned.
+pub const TURNED: usize = 16;
+
+/// Turns rows `from` and `from + 1` of a strip by a cosine and a sine, then the two before by the next ones, and so on.
+#[inline(always)]
+pub fn turn<W: Work>(strip: &mut [W], from: usize, turns: &[[W; 2]]) {
+    let rows = strip.as_chunks_mut::<TURNED>().0;
+    if turns.is_empty() {
+        return;
+    }
+    let mut above = rows[from + 1];
+    let mut at = from;
+    for &[c, s] in turns {
+        let below = rows[at];
+        for (o, (&a, &b)) in rows[at + 1].iter_mut().zip(below.iter().zip(&above)) {
+            *o = s * a + c * b;
+        }
+        for (b, &a) in above.iter_mut().zip(&below) {
+            *b = c * a - s * *b;
+        }
+        rows[at] = above;
+        at = at.wrapping_sub(1);
+    }
+}
+
 /// `into[i][..columns] += sum over k of a[i][k] * b[k][..columns]` for the rows, the depth and the columns of a size. Rows of `into`, `a` and `b` are
 /// `strides` apart. Every element's products are added in the order of `k`, then to what was there: the same bits whatever the
 /// register tile is, which `tall` chooses.
@@ -520,16 +545,97 @@ pub fn less<W: Work>(x: &mut [W], base: &[W]) -> W::Magnitude {
     largest
 }
 
-/// `into = x - base`; the largest magnitude of the result.
+/// `into = x - base` for a pair of one format; the largest magnitude of the result.
 #[inline(always)]
-pub fn task<E: Element, W: Work>(into: &mut [W], x: &[u8], base: &[W]) -> W::Magnitude {
+pub fn apart<E: Element, W: Work>(into: &mut [W], pair: [&[u8]; 2]) -> W::Magnitude {
     let mut largest = W::Magnitude::default();
-    for ((into, x), &b) in into.iter_mut().zip(elements::<E>(x)).zip(base) {
-        let d = W::widen(x) - b;
+    for ((into, x), b) in into.iter_mut().zip(elements::<E>(pair[0])).zip(elements::<E>(pair[1])) {
+        let d = W::widen(x) - W::widen(b);
         largest = largest.max(d.magnitude());
         *into = d;
     }
     largest
+}
+
+/// Which magnitudes stay, and what they are multiplied by.
+#[derive(Debug, Clone, Copy)]
+pub struct Band<W: Work> {
+    /// From this.
+    pub floor: W::Magnitude,
+    /// To just below this.
+    pub ceiling: W::Magnitude,
+    /// Times this.
+    pub c: W,
+}
+
+/// `into = c * d` where the magnitude of `d = x - base` is in the band, else zero; `sum = sum + into`, from zero when `first`. The largest
+/// magnitude of `d`.
+#[inline(always)]
+pub fn keep_apart<E: Element, W: Work>(
+    into: &mut [W],
+    sum: &mut [W],
+    pair: [&[u8]; 2],
+    band: Band<W>,
+    first: bool,
+) -> W::Magnitude {
+    let Band { floor, ceiling, c } = band;
+    let mut largest = W::Magnitude::default();
+    let pairs = elements::<E>(pair[0]).zip(elements::<E>(pair[1]));
+    for ((into, sum), (x, b)) in into.iter_mut().zip(sum).zip(pairs) {
+        let d = W::widen(x) - W::widen(b);
+        let key = d.magnitude();
+        largest = largest.max(key);
+        let kept = if (key >= floor) & (key < ceiling) { c * d } else { W::ZERO };
+        *into = kept;
+        *sum = if first { W::ZERO } else { *sum } + kept;
+    }
+    largest
+}
+
+/// Random words, one an element: what has one below a limit stays.
+#[derive(Debug, Clone, Copy)]
+pub struct Draw<'a, W> {
+    /// The words.
+    pub words: &'a [u32],
+    /// At most 2^32.
+    pub limit: u64,
+    /// What stays is multiplied by this.
+    pub c: W,
+}
+
+/// `into = c * d` where the draw says so, else zero, with `d = x - base`; `sum = sum + into`, from zero when `first`. The largest
+/// magnitude of `d`.
+#[inline(always)]
+pub fn draw_apart<E: Element, W: Work>(
+    into: &mut [W],
+    sum: &mut [W],
+    pair: [&[u8]; 2],
+    draw: Draw<'_, W>,
+    first: bool,
+) -> W::Magnitude {
+    let Draw { words, limit, c } = draw;
+    let mut largest = W::Magnitude::default();
+    // 32 bits to a comparison, not 64.
+    let (any, last) = (limit > 0, limit.saturating_sub(1) as u32);
+    let pairs = elements::<E>(pair[0]).zip(elements::<E>(pair[1]));
+    for (((into, sum), (x, b)), &word) in into.iter_mut().zip(sum).zip(pairs).zip(words) {
+        let d = W::widen(x) - W::widen(b);
+        largest = largest.max(d.magnitude());
+        let kept = if any & (word <= last) { c * d } else { W::ZERO };
+        *into = kept;
+        *sum = if first { W::ZERO } else { *sum } + kept;
+    }
+    largest
+}
+
+/// How many magnitudes of `x - base` equal `key`, for a pair of one format.
+#[inline(always)]
+pub fn count_equal_apart<E: Element, W: Work>(pair: [&[u8]; 2], key: W::Magnitude) -> u64 {
+    let mut equal = 0u32;
+    for (x, b) in elements::<E>(pair[0]).zip(elements::<E>(pair[1])) {
+        equal += u32::from((W::widen(x) - W::widen(b)).magnitude() == key);
+    }
+    u64::from(equal)
 }
 
 /// The largest magnitude.
@@ -583,41 +689,115 @@ pub fn trim<W: Work>(x: &mut [W], floor: W::Magnitude, ceiling: W::Magnitude) {
     }
 }
 
-/// `x = c * x` where the magnitude is at least `floor`, else zero; and `sum = sum + x`.
+/// `x = c * x` where the magnitude is in the band, else zero; and `sum = sum + x`, from zero when `first`.
 #[inline(always)]
-pub fn keep_scaled<W: Work>(x: &mut [W], sum: &mut [W], floor: W::Magnitude, c: W) {
+pub fn keep_scaled<W: Work>(x: &mut [W], sum: &mut [W], band: Band<W>, first: bool) {
+    let Band { floor, ceiling, c } = band;
     for (x, sum) in x.iter_mut().zip(sum) {
-        let kept = if x.magnitude() >= floor { c * *x } else { W::ZERO };
+        let key = x.magnitude();
+        let kept = if (key >= floor) & (key < ceiling) { c * *x } else { W::ZERO };
         *x = kept;
-        *sum = *sum + kept;
+        *sum = if first { W::ZERO } else { *sum } + kept;
+    }
+}
+
+/// `x = x / share` where the word is not above `last` and there is a share, else zero.
+#[inline(always)]
+pub fn keep_drawn<W: Work>(x: &mut [W], words: &[u32], last: &[u32], share: &[W]) {
+    for (((x, &word), &last), &share) in x.iter_mut().zip(words).zip(last).zip(share) {
+        *x = if (word <= last) & (share > W::ZERO) { *x / share } else { W::ZERO };
+    }
+}
+
+/// Magnitudes of an f32 as keys; the largest.
+#[inline(always)]
+pub fn keys<W: Work>(into: &mut [u32], x: &[W]) -> u32 {
+    let mut largest = 0;
+    for (into, x) in into.iter_mut().zip(x) {
+        let key: u64 = x.magnitude().into();
+        *into = key as u32;
+        largest = largest.max(key as u32);
+    }
+    largest
+}
+
+/// Turns keys into buckets: 0 for zeros, 1 for what is not above `lowest`, one more for every `1 << shift` keys from there. Sets a bit in `some` for each that is
+/// no zero, and in `odd` for each that may share its bucket with other keys. Whole groups of 64.
+#[inline(always)]
+pub fn buckets(keys: &mut [u32], some: &mut [u64], odd: &mut [u64], shift: u32, lowest: u32) {
+    let rest = (1u32 << shift) - 1;
+    let groups = keys.as_chunks_mut::<64>().0.iter_mut();
+    for ((keys, some), odd) in groups.zip(some).zip(odd) {
+        let (mut found, mut between) = (0u64, 0u64);
+        for (j, &key) in keys.iter().enumerate() {
+            found |= u64::from(key != 0) << j;
+        }
+        for (j, &key) in keys.iter().enumerate() {
+            between |= u64::from((key != 0) & ((key & rest != 0) | (key >> shift < lowest))) << j;
+        }
+        for key in keys.iter_mut() {
+            let bucket = (*key >> shift).max(lowest) - lowest + 1;
+            *key = if *key == 0 { 0 } else { bucket };
+        }
+        (*some, *odd) = (found, between);
+    }
+}
+
+/// Rounded to a format, and widened again.
+#[inline(always)]
+pub fn round<E: Element, W: Work>(x: &mut [W]) {
+    for x in x {
+        *x = W::widen(x.narrow::<E>());
+    }
+}
+
+/// `into = y - x`.
+#[inline(always)]
+pub fn minus(into: &mut [f64], y: &[f64], x: &[f64]) {
+    for ((into, &y), &x) in into.iter_mut().zip(y).zip(x) {
+        *into = y - x;
+    }
+}
+
+/// The largest number; what is not a number does not count.
+#[inline(always)]
+pub fn highest(x: &[f64]) -> f64 {
+    let mut lanes = [f64::NEG_INFINITY; LANES];
+    let (whole, rest) = x.as_chunks::<LANES>();
+    for x in whole {
+        for j in 0..LANES {
+            lanes[j] = if x[j] > lanes[j] { x[j] } else { lanes[j] };
+        }
+    }
+    lanes.iter().chain(rest).fold(f64::NEG_INFINITY, |m, &x| if x > m { x } else { m })
+}
+
+/// Widens to f64.
+#[inline(always)]
+pub fn double<W: Work>(into: &mut [f64], x: &[W]) {
+    for (into, x) in into.iter_mut().zip(x) {
+        *into = x.to_f64();
     }
 }
 
 /// Keeps `x * scale` where the word is below `limit`; the rest becomes zero.
 #[inline(always)]
 pub fn keep_random<W: Work>(x: &mut [W], words: &[u32], limit: u64, scale: W) {
+    let (any, last) = (limit > 0, limit.saturating_sub(1) as u32);
     for (x, &word) in x.iter_mut().zip(words) {
-        *x = if u64::from(word) < limit { *x * scale } else { W::ZERO };
+        *x = if any & (word <= last) { *x * scale } else { W::ZERO };
     }
 }
 
 /// Words `from..from + into.len()` of a generator's stream: word `i` is word `i % 4` of counter `i / 4`. `from` is a multiple of 4.
 #[inline(always)]
 pub fn words(into: &mut [u32], generator: crate::philox::Philox, from: u64) {
-    let mut counter = from / 4;
-    let (many, rest) = into.as_chunks_mut::<{ 4 * LANES }>();
-    for group in many {
-        let words = generator.words_of::<LANES>(counter);
-        group.copy_from_slice(words.as_flattened());
-        counter += LANES as u64;
+    let (whole, rest) = into.as_chunks_mut::<4>();
+    generator.words_from(from / 4, whole);
+    if !rest.is_empty() {
+        let last = generator.words(from / 4 + whole.len() as u64);
+        rest.copy_from_slice(&last[..rest.len()]);
     }
-    let (whole, rest) = rest.as_chunks_mut::<4>();
-    for four in whole {
-        *four = generator.words(counter);
-        counter += 1;
-    }
-    let last = generator.words(counter);
-    rest.copy_from_slice(&last[..rest.len()]);
 }
 
 /// `x = c * x`.
@@ -636,15 +816,16 @@ pub fn add<W: Work>(acc: &mut [W], x: &[W]) {
     }
 }
 
-/// Where `x` has the sign of `sign` (zero counts as positive there, and as neither in `x`): `acc = acc + x` and `share = share + w`.
+/// Where `x` has the sign of `sign` (zero counts as positive there, and as neither in `x`): `acc = acc + x` and `share = share + w`, both from
+/// zero when `first`.
 #[inline(always)]
-pub fn add_agreeing<W: Work>(acc: &mut [W], share: &mut [W], x: &[W], sign: &[W], w: W) {
+pub fn add_agreeing<W: Work>(acc: &mut [W], share: &mut [W], x: &[W], sign: &[W], w: W, first: bool) {
     for (((acc, share), &x), &sign) in acc.iter_mut().zip(share).zip(x).zip(sign) {
         let positive = (x > W::ZERO) & (sign >= W::ZERO);
         let negative = (x < W::ZERO) & (sign < W::ZERO);
         let agrees = positive | negative;
-        *acc = *acc + if agrees { x } else { W::ZERO };
-        *share = *share + if agrees { w } else { W::ZERO };
+        *acc = if first { W::ZERO } else { *acc } + if agrees { x } else { W::ZERO };
+        *share = if first { W::ZERO } else { *share } + if agrees { w } else { W::ZERO };
     }
 }
 
@@ -716,12 +897,37 @@ pub fn exp_less(x: &mut [f64], m: f64) {
     }
 }
 
-/// `acc = acc + (x - mean)^2`.
+/// `into = (x_1 - mean)^2 + (x_2 - mean)^2 + ...` with `mean = (x_1 + x_2 + ...) / n`, for the elements of some inputs from `at` on.
 #[inline(always)]
-pub fn add_spread<W: Work>(acc: &mut [W], x: &[W], mean: &[W]) {
-    for ((acc, &x), &mean) in acc.iter_mut().zip(x).zip(mean) {
-        let off = x - mean;
-        *acc = *acc + off * off;
+pub fn spread<W: Work>(into: &mut [W], inputs: &[Vec<W>], at: usize) {
+    let n = W::from_f64(inputs.len() as f64);
+    let (whole, rest) = into.as_chunks_mut::<LANES>();
+    let last = at + whole.len() * LANES;
+    for (g, into) in whole.iter_mut().enumerate() {
+        let from = at + g * LANES;
+        let (mut mean, mut sum) = ([W::ZERO; LANES], [W::ZERO; LANES]);
+        for x in inputs {
+            let x = &x[from..from + LANES];
+            for j in 0..LANES {
+                mean[j] = mean[j] + x[j];
+            }
+        }
+        for mean in &mut mean {
+            *mean = *mean / n;
+        }
+        for x in inputs {
+            let x = &x[from..from + LANES];
+            for j in 0..LANES {
+                let off = x[j] - mean[j];
+                sum[j] = sum[j] + off * off;
+            }
+        }
+        *into = sum;
+    }
+    for (i, into) in rest.iter_mut().enumerate() {
+        let mean = inputs.iter().fold(W::ZERO, |sum, x| sum + x[last + i]) / n;
+        let square = |x: &Vec<W>| (x[last + i] - mean) * (x[last + i] - mean);
+        *into = inputs.iter().fold(W::ZERO, |sum, x| sum + square(x));
     }
 }
 

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from shards import Stored, read_checkpoint, stored, write_checkpoint
+from shards import Stored, stored, write_checkpoint
 
 from reasonvec import reference as ref
 from reasonvec.reference import Dtype, Work
@@ -22,27 +22,65 @@ HOME = Path(
     os.environ.get("REASONVEC_MERGEKIT")
     or Path(__file__).parents[2] / "benches" / ".cache" / f"mergekit-{VERSION}"
 )
-"""The virtual environment that `make bench` makes (benches/peers.py), or another one."""
+"""The virtual environment that `make agreement` makes (benches/peers.py), or another one."""
 PYTHON = HOME / "bin" / "python"
 TORCH: dict[Dtype, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-LAYERS = 2
+LAYERS, HIDDEN, INNER, VOCABULARY = 2, 32, 48, 80
 
 Value: TypeAlias = float | bool | list[float]
 Tensors: TypeAlias = dict[str, Stored]
 
-# One process for many merges: most of a run of `mergekit-yaml` is the import of torch.
+# Merges one after another: most of a run of `mergekit-yaml` is the import of torch. Whatever its
+# libraries print goes to stderr.
 _DRIVER = """
-import json, sys
+import json, os, sys
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-for job in json.loads(sys.stdin.read()):
+for line in sys.stdin:
+    config, out, options = json.loads(line)
+    problem = None
     try:
-        options = MergeOptions(copy_tokenizer=False, quiet=True, random_seed=job["seed"], write_model_card=False)
-        run_merge(MergeConfiguration.model_validate(job["config"]), job["out"], options)
+        asked = MergeOptions(quiet=True, write_model_card=False, **options)
+        run_merge(MergeConfiguration.model_validate(config), out, asked)
     except Exception as error:
-        print(json.dumps([job["out"], f"{type(error).__name__}: {error}"]))
+        problem = f"{type(error).__name__}: {error}"
+    print(json.dumps(problem), file=answers, flush=True)
 """
+
+
+class Mergekit:
+    """A mergekit that waits for recipes."""
+
+    def __init__(self, log: Path) -> None:
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [PYTHON, "-c", _DRIVER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"},
+                text=True,
+            )
+        self.log = log
+
+    def merge(self, config: object, out: Path, **options: Value) -> str | None:
+        """Run a recipe; what mergekit says that is wrong, or None."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        options.setdefault("copy_tokenizer", False)
+        self.process.stdin.write(json.dumps([config, str(out), options]) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, self.log.read_text()[-4000:]
+        said = json.loads(line)
+        return None if said is None else str(said)
+
+    def close(self) -> None:
+        """End it."""
+        self.process.communicate(timeout=60)
 
 
 @dataclass(frozen=True)
@@ -116,21 +154,20 @@ def _llama(hidden: int, inner: int, vocab: int) -> dict[str, tuple[int, ...]]:
 
 def shapes_of(architecture: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a small checkpoint of `llama`, `qwen2`, `mixtral` or `gemma`."""
-    hidden, inner = 64, 96
-    shapes = _llama(hidden, inner, 160)
+    hidden, inner = HIDDEN, INNER
+    shapes = _llama(hidden, inner, VOCABULARY)
     if architecture == "qwen2":
         for layer in range(LAYERS):
             for name, rows in (("q", hidden), ("k", hidden // 2), ("v", hidden // 2)):
                 shapes[f"model.layers.{layer}.self_attn.{name}_proj.bias"] = (rows,)
     elif architecture == "mixtral":
+        # As transformers 5 packs experts: mergekit, which builds on it, merges and writes no others.
         shapes = {name: shape for name, shape in shapes.items() if ".mlp." not in name}
         for layer in range(LAYERS):
-            moe = f"model.layers.{layer}.block_sparse_moe"
+            moe = f"model.layers.{layer}.mlp"
             shapes[f"{moe}.gate.weight"] = (4, hidden)
-            for expert in range(4):
-                for name, shape in (("w1", (inner, hidden)), ("w2", (hidden, inner))):
-                    shapes[f"{moe}.experts.{expert}.{name}.weight"] = shape
-                shapes[f"{moe}.experts.{expert}.w3.weight"] = (inner, hidden)
+            shapes[f"{moe}.experts.gate_up_proj"] = (4, 2 * inner, hidden)
+            shapes[f"{moe}.experts.down_proj"] = (4, hidden, inner)
     elif architecture == "gemma":
         del shapes["lm_head.weight"]
     return shapes
@@ -141,13 +178,13 @@ def config_of(architecture: str) -> dict[str, object]:
     config: dict[str, object] = {
         "architectures": [f"{architecture.capitalize()}ForCausalLM"],
         "model_type": architecture,
-        "hidden_size": 64,
-        "intermediate_size": 96,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 160,
+        "head_dim": HIDDEN // 4,
+        "vocab_size": VOCABULARY,
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 128,
         "bos_token_id": 1,
@@ -161,71 +198,34 @@ def config_of(architecture: str) -> dict[str, object]:
 
 
 def make_models(
-    root: Path, architecture: str, dtypes: Sequence[Dtype], seed: int = 0, moved: float = 0.6
+    root: Path,
+    architecture: str,
+    dtypes: Sequence[Dtype],
+    seed: int = 0,
+    moved: float = 0.6,
+    steps: Sequence[float] = (0.02, 0.03, 0.01),
 ) -> Family:
-    """A base, and a model for every further format, in which a share of the elements moved."""
+    """A base, and a model for every further format, in which a share of the elements moved.
+
+    A third of every step, of one of these sizes each, is common to all models.
+    """
     dice = np.random.default_rng(seed)
+    shapes = shapes_of(architecture)
     start: dict[str, NDArray[np.float64]] = {}
-    for name, shape in shapes_of(architecture).items():
+    for name, shape in shapes.items():
         start[name] = dice.normal(float(len(shape) == 1), 0.05, shape)
-    folders = []
+    common = {name: dice.normal(0, 1, shape) for name, shape in shapes.items()}
+    folders, found = [], []
     for place, dtype in enumerate(dtypes):
         tensors = {}
         for name, values in start.items():
-            step = dice.normal(0, 0.02, values.shape) * (dice.random(values.shape) < moved)
-            bits = ref.narrow((values + (step if place else 0.0)).ravel(), dtype)
+            if place:
+                step = (2 * dice.normal(0, 1, values.shape) + common[name]) / 3
+                step *= steps[(place - 1) % len(steps)]
+                values = values + step * (dice.random(values.shape) < moved)
+            bits = ref.narrow(values.ravel(), dtype)
             tensors[name] = stored(dtype, bits, values.shape)
         folder = root / f"{place}-{dtype}"
         folders.append(write_checkpoint(folder, tensors, config=config_of(architecture)))
-    return read_family(folders)
-
-
-def read_family(folders: Sequence[Path]) -> Family:
-    """Checkpoints as models for recipes, the first as place 0."""
-    return Family(folders, [read_checkpoint(folder) for folder in folders])
-
-
-def packed(family: Family) -> Family:
-    """A Mixtral as transformers 5 holds it, and as mergekit therefore merges and writes it.
-
-    The experts of a layer are one tensor: w1 above w3 as gate_up_proj, and w2 as down_proj.
-    """
-    return Family(family.folders, [_packed(tensors) for tensors in family.tensors])
-
-
-def _packed(tensors: Tensors) -> Tensors:
-    found = {name: tensor for name, tensor in tensors.items() if "block_sparse_moe" not in name}
-    for layer in range(LAYERS):
-        at = f"model.layers.{layer}"
-        moe = f"{at}.block_sparse_moe"
-        found[f"{at}.mlp.gate.weight"] = tensors[f"{moe}.gate.weight"]
-        for name, parts in (("gate_up_proj", ("w1", "w3")), ("down_proj", ("w2",))):
-            rows = [tensors[f"{moe}.experts.{e}.{part}.weight"] for e in range(4) for part in parts]
-            height, columns = rows[0].shape
-            found[f"{at}.mlp.experts.{name}"] = Stored(
-                rows[0].dtype,
-                (4, len(parts) * height, columns),
-                b"".join(row.data for row in rows),
-            )
-    return found
-
-
-def mergekit(recipes: Sequence[Recipe], family: Family, scratch: Path) -> list[Tensors | str]:
-    """What mergekit writes for each recipe, or what it says that is wrong."""
-    outs = [scratch / f"{place:04}" for place in range(len(recipes))]
-    jobs = [
-        {"config": recipe.config(family), "out": str(out), "seed": recipe.seed}
-        for recipe, out in zip(recipes, outs, strict=True)
-    ]
-    finished = subprocess.run(
-        [PYTHON, "-c", _DRIVER],
-        input=json.dumps(jobs),
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    lines = [line for line in finished.stdout.splitlines() if line.startswith("[")]
-    refused: dict[str, str] = dict(json.loads(line) for line in lines)
-    return [refused.get(str(out)) or read_checkpoint(out) for out in outs]
+        found.append(tensors)
+    return Family(folders, found)

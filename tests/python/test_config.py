@@ -528,3 +528,45 @@ def test_undo_of_a_merge_says_that_there_is_no_target(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["undo", str(tmp_path / "out"), "-o", str(tmp_path / "x")])
     assert result.exit_code == 2
     assert "is a merge of several models" in result.stderr
+
+
+def test_a_gradient_in_a_slice_of_one_layer_takes_its_last_value(tmp_path: Path) -> None:
+    text = """\
+merge_method: passthrough
+slices:
+  - sources: [{model: models/sft, layer_range: [0, 1]}]
+    parameters: {scale: [2, 3, 4]}
+  - sources: [{model: models/sft, layer_range: [1, 3]}]
+    parameters: {scale: [2, 4]}
+"""
+    found = coefficients(planned(tmp_path, text))
+    name = "model.layers.{}.mlp.up_proj.weight".format
+    assert [found[name(i)] for i in range(3)] == [(4.0,), (2.0,), (4.0,)]
+    assert found["model.embed_tokens.weight"] == (2.0,)
+
+
+def test_a_missing_base_is_one_problem(tmp_path: Path) -> None:
+    text = "merge_method: slerp\nmodels: [{model: models/rl}, {model: models/sft}]\nparameters: {t: 0.5}"
+    problems = planned(tmp_path, text).problems
+    assert [p.kind for p in problems if p.severity == "error"] == ["base"]
+
+
+def test_typos_are_named_beside_an_error(tmp_path: Path) -> None:
+    """A file that describes no merge is answered with all that is wrong in it."""
+    text = "merge_method: tyes\nbase_modle: models/base\nmodels: [{model: models/rl}]"
+    result = CliRunner().invoke(main, ["merge", str(write(tmp_path, text)), str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "did you mean 'ties'?" in result.output
+    assert "did you mean 'base_model'?" in result.output
+
+
+def test_a_dry_run_shows_weights_of_what_is_weighted(tmp_path: Path) -> None:
+    text = "merge_method: {}\nbase_model: models/base\nmodels: [{{model: models/rl{}}}]\n{}"
+    for method, own, rest, shown in (
+        ("slerp", "", "parameters: {t: 0.5}", "slerp(t=0.5) of base, rl\n"),
+        ("ties", ", parameters: {weight: 0.25}", "", " of base, rl times 0.25\n"),
+    ):
+        file = write(tmp_path, text.format(method, own, rest))
+        result = CliRunner().invoke(main, ["merge", str(file), str(tmp_path / "out"), "--dry-run"])
+        assert result.exit_code == 0, result.output
+        assert shown in result.output

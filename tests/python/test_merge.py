@@ -424,7 +424,14 @@ def test_densities_by_model_by_layer_and_by_name(
 def test_numerics_of_mergekit(tmp_path: Path, base: rv.Checkpoint, rl: rv.Checkpoint) -> None:
     plan = rv.dare_ties(base, {rl: 0.3}, density=0.5).plan(tmp_path / "x", numerics="mergekit")
     assert rows(plan)[5]["method"]["rescale"] == "l1"  # type: ignore[index]
-    assert rows(plan)[5]["terms"][0]["coefficient"] == float(np.float32(0.3))  # type: ignore[index]
+    assert rows(plan)[5]["terms"][0]["coefficient"] == 0.30078125  # type: ignore[index]
+    assert rows(plan)[5]["steps"] == "BF16"
+    plan = rv.task_arithmetic(base, {rl: 0.3}).plan(tmp_path / "y", numerics="mergekit")
+    assert rows(plan)[5]["method"]["density"] == [1.0]  # type: ignore[index]
+    # Slerp is solved in float64, and rounds once whatever the numerics.
+    assert (
+        "steps" not in rows(rv.slerp(base, rl, t=0.5).plan(tmp_path / "z", numerics="mergekit"))[5]
+    )
 
 
 # ---- parameters

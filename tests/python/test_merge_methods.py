@@ -15,6 +15,7 @@ from shards import Stored, contents, read_shard, stored, write_checkpoint
 
 import reasonvec as rv
 from reasonvec import _reasonvec as core
+from reasonvec import reference as ref
 
 Array: TypeAlias = NDArray[np.float64]
 Formula: TypeAlias = Callable[[list[Array], Array], Array]
@@ -49,6 +50,7 @@ def _merge(
     *,
     base: bool,
     models: int,
+    names: Sequence[str] = tuple(SHAPES),
     **how: int,
 ) -> list[dict[str, object]]:
     """Merges the first so many models, and gives the core's report."""
@@ -61,7 +63,7 @@ def _merge(
         {
             "name": name,
             "dtype": "F32",
-            "shape": shape,
+            "shape": SHAPES[name],
             "target": ref(0, name) if base else None,
             "terms": [
                 {"coefficient": WEIGHTS[i], "source": {"tensor": ref(i + 1, name)}}
@@ -69,7 +71,7 @@ def _merge(
             ],
             "method": method,
         }
-        for name, shape in SHAPES.items()
+        for name in names
     ]
     plan = {
         "out": str(out),
@@ -217,13 +219,26 @@ def arcee_fusion(x: list[Array], base: Array) -> Array:
     return base + np.where(importance >= median + 1.5 * (third - first), d, 0)
 
 
+def spectral(update: Callable[..., Array], **options: object) -> Formula:
+    """A method on singular vectors, as the reference has it."""
+
+    def merged(x: list[Array], base: Array) -> Array:
+        return base + update([m - base for m in x], WEIGHTS, **options)
+
+    return merged
+
+
 class Case(NamedTuple):
-    """A method as a plan has it, and what it computes."""
+    """A method as a plan has it, what it computes, and on which tensors."""
 
     method: dict[str, object]
     base: bool
     models: int
     formula: Formula | None
+    names: tuple[str, ...] = tuple(SHAPES)
+
+
+MATRICES = ("matrix", "large")
 
 
 EPSILON = [0.1, 0.1, 0.2]
@@ -250,6 +265,20 @@ CASES = {
     "ram": Case({"kind": "ram", "plus": True}, True, 3, ram),
     "nearswap": Case({"kind": "nearswap", "t": 0.001}, False, 2, nearswap),
     "arcee_fusion": Case({"kind": "arcee_fusion"}, True, 1, arcee_fusion),
+    "iso_c": Case({"kind": "iso_c"}, True, 3, spectral(ref.iso_c), MATRICES),
+    "iso_cts": Case({"kind": "iso_cts"}, True, 3, spectral(ref.iso_cts), MATRICES),
+    "tsv_m": Case({"kind": "tsv_m"}, True, 3, spectral(ref.tsv_m), MATRICES),
+    "star": Case({"kind": "star"}, True, 3, spectral(ref.star), MATRICES),
+    "boost": Case(
+        {"kind": "boost", "beta": 0.05}, True, 3, spectral(ref.boost, beta=0.05), MATRICES
+    ),
+    "knots": Case(
+        {"kind": "knots", "density": DENSITY},
+        True,
+        3,
+        spectral(ref.knots, density=DENSITY),
+        MATRICES,
+    ),
 }
 
 
@@ -261,11 +290,11 @@ def _numbers(tensor: Stored) -> Array:
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.formula])
 def test_a_method_computes_its_formula(name: str, folders: list[Path], tmp_path: Path) -> None:
     """Within the rounding of float32, except for elements that lie on a threshold."""
-    method, base, models, formula = CASES[name]
+    method, base, models, formula, names = CASES[name]
     assert formula is not None
-    rows = _merge(folders, tmp_path / "out", method, base=base, models=models)
+    rows = _merge(folders, tmp_path / "out", method, base=base, models=models, names=names)
     found = read_shard(tmp_path / "out" / "model.safetensors")
-    assert [row["name"] for row in rows] == list(SHAPES)
+    assert [row["name"] for row in rows] == list(names)
     inputs = [read_shard(folder / "model.safetensors") for folder in folders]
     for tensor, value in found.items():
         x = [_numbers(inputs[i + 1][tensor]) for i in range(models)]
@@ -335,10 +364,12 @@ def test_a_method_gives_one_output(
     name: str, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every byte and every digest, whatever the settings."""
-    method, base, models, _ = CASES[name]
+    method, base, models, _, names = CASES[name]
 
     def run(**how: int) -> tuple[object, dict[str, bytes]]:
-        rows = _merge(folders, tmp_path / "out", method, base=base, models=models, **how)
+        rows = _merge(
+            folders, tmp_path / "out", method, base=base, models=models, names=names, **how
+        )
         journal = tmp_path / "out" / ".reasonvec-journal"
         journal.unlink(missing_ok=True)
         return rows, contents(tmp_path / "out")

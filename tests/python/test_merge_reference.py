@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from shards import Stored, read_shard, stored, write_checkpoint
 
+import reasonvec as rv
 from reasonvec import _reasonvec as core
 from reasonvec import reference as ref
 from reasonvec.reference import Dtype, Work
@@ -52,6 +53,10 @@ CASES: dict[str, tuple[dict[str, object], bool, int, Update]] = {
         {"kind": "model_stock", "filter_wise": True}, True, 3,
         lambda x, b, c, n: ref.model_stock(x, b, c, True),
     ),
+    "model_stock floor": (
+        {"kind": "model_stock", "filter_wise": True, "floor": 1e-3}, True, 3,
+        lambda x, b, c, n: ref.model_stock(x, b, c, True, 1e-3),
+    ),
     "ties": (
         {"kind": "ties", "density": DENSITY} | EVEN, True, 3,
         lambda x, b, c, n: ref.ties(x, b, WEIGHTS, DENSITY, True, 0.7),
@@ -63,6 +68,10 @@ CASES: dict[str, tuple[dict[str, object], bool, int, Update]] = {
     "sce all": (
         {"kind": "sce", "select_topk": 1.0, "lambda": 1.0}, True, 3,
         lambda x, b, c, n: ref.sce(x, b),
+    ),
+    "sce floor": (
+        {"kind": "sce", "select_topk": 0.4, "lambda": 1.0, "floor": 1.0}, True, 3,
+        lambda x, b, c, n: ref.sce(x, b, 0.4, 1.0, 1.0),
     ),
     "ram": (
         {"kind": "ram", "plus": False, "epsilon": 0.002, "r": 0.1, "alpha": 0.2}, True, 3,
@@ -123,6 +132,7 @@ def merge(
     base: bool,
     models: int,
     dtype: Dtype,
+    steps: Dtype | None = None,
 ) -> dict[str, Stored]:
     out.mkdir()
     tensors = [
@@ -136,6 +146,7 @@ def merge(
                 for i in range(models)
             ],
             "method": method,
+            "steps": steps,
         }
         for name, shape in SHAPES.items()
     ]
@@ -191,3 +202,64 @@ def test_models_that_cancel_each_other(case: str, tmp_path: Path) -> None:
         bits = ref.merged(u, "F32", zero[name] if base else None, "F32")
         assert np.isfinite(ref.widen(bits, "F32", "F32")).all()
         assert np.array_equal(bits, found[name].bits)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.parametrize("steps", ["BF16", "F16"])
+def test_rounded_steps_have_the_bits_of_the_reference(
+    steps: Dtype, dtype: Dtype, tmp_path: Path
+) -> None:
+    """Every method that rounds its steps, of models of that format and of another."""
+    tensors = [tensors_of(model, dtype) for model in range(4)]
+    folders = [write_checkpoint(tmp_path / str(i), t) for i, t in enumerate(tensors)]
+    wrong = []
+    for kind in ("ties", "dare", "della", "breadcrumbs"):
+        for elect in (False, True):
+            method: dict[str, object] = {"kind": kind, "density": DENSITY, "seed": SEED} | EVEN
+            if kind == "della":
+                method["epsilon"] = [0.1] * 3
+            if kind in ("ties", "breadcrumbs"):
+                del method["seed"]
+            if kind == "breadcrumbs":
+                method["gamma"] = [0.01] * 3
+            if kind != "ties":
+                method["consensus"] = elect
+            found = merge(folders, tmp_path / f"{kind}{elect}", method, True, 3, dtype, steps)
+            for name, shape in SHAPES.items():
+                base, *models = (ref.widen(t[name].bits, dtype, "F32") for t in tensors)
+                columns = shape[-1] if len(shape) > 1 else base.size
+                common = (True, "density", 0.7, steps)
+                if kind == "ties":
+                    u = ref.ties(models, base, WEIGHTS, DENSITY, True, 0.7, steps)
+                elif kind == "breadcrumbs":
+                    gamma = [0.01] * 3
+                    u = ref.breadcrumbs(
+                        models, base, WEIGHTS, DENSITY, gamma, elect, True, 0.7, steps
+                    )
+                elif kind == "dare":
+                    u = ref.dare(models, base, WEIGHTS, DENSITY, SEED, name, elect, *common)
+                else:
+                    u = ref.della(
+                        models,
+                        base,
+                        WEIGHTS,
+                        DENSITY,
+                        [0.1] * 3,
+                        SEED,
+                        name,
+                        columns,
+                        elect,
+                        *common,
+                    )
+                bits = ref.merged(u, dtype, tensors[0][name].bits, dtype)
+                apart = int(np.count_nonzero(bits != found[name].bits))
+                if apart:
+                    wrong.append(f"{kind}, elect {elect}, {name}: {apart} of {bits.size}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_steps_that_cannot_be_rounded(tmp_path: Path) -> None:
+    """Only the methods that weigh what stays of task vectors have steps."""
+    folders = [write_checkpoint(tmp_path / str(i), tensors_of(i, "F32")) for i in range(4)]
+    with pytest.raises(rv.MismatchError, match="steps of this method"):
+        merge(folders, tmp_path / "out", {"kind": "karcher"}, False, 3, "F32", "BF16")

@@ -114,7 +114,7 @@ def _shard_size(context: click.Context, parameter: click.Parameter, text: str) -
     type=click.Choice(["default", "mergekit"]),
     default="default",
     show_default=True,
-    help="Whose rounding of weights and rescaling of what is dropped.",
+    help="Whose rounding of steps, rescaling of what is dropped, and zeros.",
 )
 @click.option(
     "--random-seed",
@@ -194,6 +194,10 @@ def merge(
     with guarded(), progress("merging", quiet=quiet or as_json or dry_run) as tell:
         recipe = read_recipe(config, strict=strict)
         if recipe.merge is None:
+            # No plan will tell the warnings, and a typo may be what is behind an error.
+            for problem in recipe.problems:
+                if problem.severity == "warning" and not quiet and not as_json:
+                    click.echo(f"warning: {problem.message}", err=True)
             demand(recipe.problems)
             raise SystemExit(2)
         plan = recipe.merge.plan(

@@ -228,7 +228,8 @@ def show_plan(plan: ApplyPlan) -> None:
         f"({size(plan.free_disk)} free), holds at most {size(plan.peak_memory)}"
     )
     errors = plan.errors
-    _say(f"[red]would stop: {len(errors)} errors[/]" if errors else "[green]would run[/]")
+    plural = "" if len(errors) == 1 else "s"
+    _say(f"[red]would stop: {len(errors)} error{plural}[/]" if errors else "[green]would run[/]")
 
 
 def show_factors_plan(plan: FactorsPlan) -> None:
@@ -255,7 +256,9 @@ def show_merge_plan(plan: ApplyPlan) -> None:
         how = "" if t.method is None else f" {t.method['kind']}({values})"
         of = f" of {', '.join(dict.fromkeys(t.inputs))}" if t.inputs else ""
         weights = ", ".join(f"{c:.6g}" for c in t.coefficients)
-        times = f" times {weights}" if weights else ""
+        # Most methods that are no sum have no weights.
+        plain = t.method is not None and set(t.coefficients) == {1.0}
+        times = f" times {weights}" if weights and not plain else ""
         why = f" ({t.why})" if t.why else ""
         _say(escape(f"{t.name}: {t.dtype} {t.action}{how}{of}{times}{why}"))
     show_plan(plan)

@@ -220,7 +220,7 @@ class Stack:
             return 0.0
         number, prefix = int(match[1]), name[: match.start(1)]
         layers = self.layers if prefix == self.prefix else self._others.get(prefix, 1)
-        return min(1.0, number / (layers - 1)) if layers > 1 else 0.0
+        return min(1.0, number / (layers - 1)) if layers > 1 else 1.0
 
     @cached_property
     def _others(self) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias, Unpack
@@ -19,7 +19,10 @@ from reasonvec.merging.methods import (
     DareTies,
     Della,
     DellaLinear,
+    IsoC,
+    IsoCts,
     Karcher,
+    Knots,
     Linear,
     Lines,
     Method,
@@ -32,8 +35,11 @@ from reasonvec.merging.methods import (
     RamPlusTl,
     Sce,
     Slerp,
+    Star,
+    SubspaceBoosting,
     TaskArithmetic,
     Ties,
+    TsvM,
 )
 from reasonvec.merging.parameters import Parameter, Setting, setting
 
@@ -55,7 +61,10 @@ __all__ = [
     "dare_ties",
     "della",
     "della_linear",
+    "iso_c",
+    "iso_cts",
     "karcher",
+    "knots",
     "linear",
     "lines",
     "model_stock",
@@ -68,8 +77,11 @@ __all__ = [
     "sce",
     "slerp",
     "stack",
+    "star",
+    "subspace_boosting",
     "task_arithmetic",
     "ties",
+    "tsv_m",
 ]
 
 AnyPoint: TypeAlias = "Point | Merge"
@@ -513,3 +525,105 @@ def ramplus_tl(
 ) -> Merge:
     """As `ram`, with the unique part of each model strengthened by what it shares."""
     return _merge(RamPlusTl(epsilon, r, alpha), models, base)
+
+
+def tsv_m(
+    base: AnyPoint,
+    models: Models,
+    *,
+    rank: Parameter | None = None,
+    lambda_: Parameter = 1.0,
+) -> Merge:
+    """The first singular vectors of every task, made orthogonal to each other (TSV-Merge).
+
+    ``rank`` is the share of each matrix's directions that every model gets, 1 / models at most and
+    if nothing is said.
+
+    Examples:
+        >>> import reasonvec as rv
+        >>> base, a, b = (rv.open(p) for p in (family.base, family.sft, family.instruct))
+        >>> print(rv.tsv_m(base, [a, b], lambda_=0.8))
+        tsv_m(base base, sft: weight 1, instruct: weight 1, lambda 0.8)
+    """
+    return _merge(TsvM(rank, lambda_), models, base)
+
+
+def iso_c(base: AnyPoint, models: Models, *, lambda_: Parameter = 1.0) -> Merge:
+    """The sum of the task vectors with all singular values of a matrix set to their mean (Iso-C).
+
+    Examples:
+        >>> import reasonvec as rv
+        >>> base, a, b = (rv.open(p) for p in (family.base, family.sft, family.instruct))
+        >>> report = rv.iso_c(base, [a, b]).save("isotropic")
+        >>> print(report.recipe)
+        iso_c(base base, sft: weight 1, instruct: weight 1)
+    """
+    return _merge(IsoC(lambda_), models, base)
+
+
+def iso_cts(
+    base: AnyPoint, models: Models, *, common: Parameter = 0.8, lambda_: Parameter = 1.0
+) -> Merge:
+    """As `iso_c`, with a share ``common`` of the directions from the sum of the task vectors, and
+    the others from the single ones (Iso-CTS)."""
+    return _merge(IsoCts(common, lambda_), models, base)
+
+
+def knots(
+    base: AnyPoint,
+    models: Models,
+    *,
+    density: PerModel = 1.0,
+    elect: Parameter = True,
+    normalize: Parameter = True,
+    lambda_: Parameter = 1.0,
+) -> Merge:
+    """TIES in the space that the task vectors of a matrix side by side span (KnOTS).
+
+    Without ``elect`` no signs are elected: at a density of 1 that is task arithmetic.
+    """
+    method = Knots(_shared(density, 1.0), elect, normalize, lambda_)
+    return _merge(method, models, base, {"density": density})
+
+
+def star(
+    base: AnyPoint,
+    models: Models,
+    *,
+    eta: Parameter = 0.4,
+    rank: Parameter | None = None,
+    normalize: Parameter = True,
+    lambda_: Parameter = 1.0,
+) -> Merge:
+    """Task vectors cut to the first singular values that make up a share ``eta`` of their sum (or
+    to the first ``rank``), rescaled to the sum that they had, and averaged (STAR)."""
+    return _merge(Star(eta, rank, normalize, lambda_), models, base)
+
+
+def subspace_boosting(
+    base: AnyPoint, models: Models, *, beta: Parameter = 0.01, lambda_: Parameter = 1.0
+) -> Merge:
+    """The weighted sum of task vectors with the small singular values of a matrix raised.
+
+    Examples:
+        On top of another merge, that merge is the only model (and is not rounded to BF16 before):
+
+        >>> import reasonvec as rv
+        >>> base, a, b = (rv.open(p) for p in (family.base, family.sft, family.instruct))
+        >>> merged = rv.ties(base, {a: 0.5, b: 0.5}, density=0.2)
+        >>> report = rv.subspace_boosting(base, [merged], beta=0.02).save("boosted")
+    """
+    return _merge(SubspaceBoosting(beta, lambda_), _unrounded(models), base)
+
+
+def _unrounded(models: Models) -> Models:
+    """Merges among models in F32: rounding to BF16 would be raised with the small values."""
+
+    def wide(point: AnyPoint) -> AnyPoint:
+        if isinstance(point, Merge) and point.out_dtype is None:
+            return replace(point, out_dtype="float32")
+        return point
+
+    if isinstance(models, Mapping):
+        return {wide(point): weight for point, weight in models.items()}
+    return [wide(point) for point in models]

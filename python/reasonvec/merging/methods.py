@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, TypeAlias
@@ -51,6 +52,10 @@ class Reader(Protocol):
         """Of the tensor."""
 
     @property
+    def matrix(self) -> bool:
+        """Whether it is a matrix or a stack of experts, and not the vocabulary's."""
+
+    @property
     def ramp(self) -> float:
         """How deep the tensor is, from 0 (embeddings, the first layer) to 1 (the last layer, the
         final norm, the head)."""
@@ -72,15 +77,18 @@ class Coefficients:
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class Method(ABC):
     """What all methods have. ``models`` are the fewest and the most that it takes, the base of a
-    "needed" or "optional" rule not counted; ``elects``: signs are elected, as TIES does."""
+    "needed" or "optional" rule not counted; ``stepwise``: mergekit rounds the weights and every
+    step to the working dtype, as its runs show."""
 
     name: ClassVar[str]
     base: ClassVar[BaseRule] = "none"
     models: ClassVar[tuple[int, int | None]] = (1, None)
     weighted: ClassVar[bool] = False
-    elects: ClassVar[bool] = False
+    stepwise: ClassVar[bool] = False
+    usual_weight: ClassVar[float | None] = None
+    """The weight of a model that is given none; without one, that is an error."""
 
     def parameters(self) -> dict[str, Parameter]:
         """What this instance says itself, by the names that a YAML has."""
@@ -91,13 +99,17 @@ class Method:
                 said[_key(field.name)] = value
         return said
 
+    @abstractmethod
     def plan(self, read: Reader, models: int) -> Json:
         """The core's plan of one tensor.
 
         Raises:
             ReasonvecError: a parameter is out of its range.
         """
-        raise NotImplementedError
+
+    def aside(self, read: Reader, models: int) -> Coefficients | None:
+        """What it is at a tensor that the method proper is not for, if that is a weighted sum."""
+        return None
 
     def check(self, models: int) -> str | None:
         """What is wrong with this number of models, or None."""
@@ -157,13 +169,16 @@ def _shares(read: Reader, key: str, default: float, models: int) -> list[float]:
 class LinearMethod(Method):
     """A method whose coefficients depend on the tensor's place alone."""
 
+    @abstractmethod
     def coefficients(self, read: Reader, models: int) -> Coefficients:
         """What each model, or its difference from the base, is multiplied by.
 
         Raises:
             ReasonvecError: the weights cannot be normalised.
         """
-        raise NotImplementedError
+
+    def plan(self, read: Reader, models: int) -> Json:
+        return {"kind": "linear"}
 
 
 def _normalised(weights: Sequence[float], read: Reader, *, default: bool) -> list[float]:
@@ -200,6 +215,7 @@ class TaskArithmetic(LinearMethod):
     name: ClassVar[str] = "task_arithmetic"
     base: ClassVar[BaseRule] = "needed"
     weighted: ClassVar[bool] = True
+    stepwise: ClassVar[bool] = True
     normalize: Parameter = False
     lambda_: Parameter = 1.0
 
@@ -209,6 +225,15 @@ class TaskArithmetic(LinearMethod):
         return Coefficients(
             [scale * w for w in _normalised(weights, read, default=False)], differences=True
         )
+
+    def plan(self, read: Reader, models: int) -> Json:
+        # Nothing is dropped; but the steps are mergekit's, and can be rounded.
+        return {
+            "kind": "dare",
+            "density": [1.0] * models,
+            "normalize": _flag(read, "normalize", False),
+            "lambda": read.value("lambda", 1.0),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +351,11 @@ class ModelStock(Method):
     filter_wise: Parameter = False
 
     def plan(self, read: Reader, models: int) -> Json:
-        return {"kind": "model_stock", "filter_wise": _flag(read, "filter_wise", False)}
+        return {
+            "kind": "model_stock",
+            "filter_wise": _flag(read, "filter_wise", False),
+            **_floor(read),
+        }
 
 
 # ---- mask: each element is kept or not
@@ -337,9 +366,9 @@ class Ties(Method):
     """Trim, elect sign, merge (arXiv 2306.01708)."""
 
     name: ClassVar[str] = "ties"
-    elects: ClassVar[bool] = True
     base: ClassVar[BaseRule] = "needed"
     weighted: ClassVar[bool] = True
+    stepwise: ClassVar[bool] = True
     density: Parameter = 1.0
     normalize: Parameter = True
     lambda_: Parameter = 1.0
@@ -360,6 +389,7 @@ class DareLinear(Method):
     name: ClassVar[str] = "dare_linear"
     base: ClassVar[BaseRule] = "needed"
     weighted: ClassVar[bool] = True
+    stepwise: ClassVar[bool] = True
     density: Parameter = 1.0
     normalize: Parameter = False
     rescale: Parameter = True
@@ -382,7 +412,6 @@ class DareTies(DareLinear):
     """As `DareLinear`, with the sign election of TIES."""
 
     name: ClassVar[str] = "dare_ties"
-    elects: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,6 +423,7 @@ class DellaLinear(Method):
     name: ClassVar[str] = "della_linear"
     base: ClassVar[BaseRule] = "needed"
     weighted: ClassVar[bool] = True
+    stepwise: ClassVar[bool] = True
     density: Parameter = 1.0
     epsilon: Parameter = 0.15
     normalize: Parameter = False
@@ -419,7 +449,6 @@ class Della(DellaLinear):
     """As `DellaLinear`, with the sign election of TIES."""
 
     name: ClassVar[str] = "della"
-    elects: ClassVar[bool] = True
     normalize: Parameter = True
 
 
@@ -431,6 +460,7 @@ class Breadcrumbs(Method):
     name: ClassVar[str] = "breadcrumbs"
     base: ClassVar[BaseRule] = "needed"
     weighted: ClassVar[bool] = True
+    stepwise: ClassVar[bool] = True
     density: Parameter = 1.0
     gamma: Parameter = 0.01
     normalize: Parameter = False
@@ -453,7 +483,6 @@ class BreadcrumbsTies(Breadcrumbs):
     """As `Breadcrumbs`, with the sign election of TIES."""
 
     name: ClassVar[str] = "breadcrumbs_ties"
-    elects: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -471,6 +500,7 @@ class Sce(Method):
             "kind": "sce",
             "select_topk": _share(read, "select_topk", 1.0),
             "lambda": read.value("lambda", 1.0),
+            **_floor(read),
         }
 
 
@@ -542,6 +572,173 @@ class ArceeFusion(Method):
         return {"kind": "arcee_fusion"}
 
 
+# ---- spectral: singular vectors of the task vectors of a matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Spectral(Method):
+    """A method for matrices. What is none (norms, biases), and the vocabulary's, whose rows are
+    tokens, gets the mean of the task vectors, times ``lambda``."""
+
+    base: ClassVar[BaseRule] = "needed"
+    weighted: ClassVar[bool] = True
+    usual_weight: ClassVar[float | None] = 1.0
+    mean: ClassVar[bool] = True
+    """Whether the weights are divided by their sum where the method proper is not used."""
+
+    def aside(self, read: Reader, models: int) -> Coefficients | None:
+        if read.matrix:
+            return None
+        weights = [read.weight(i) for i in range(models)]
+        scale = read.value("lambda", 1.0)
+        return Coefficients([scale * w / _total(weights, self.mean) for w in weights], True)
+
+
+def _total(weights: Sequence[float], mean: bool) -> float:
+    if not mean:
+        return 1.0
+    if sum(weights) == 0.0:
+        raise ReasonvecError("the weights sum to 0, so there is no mean: give other weights")
+    return sum(weights)
+
+
+@dataclass(frozen=True, slots=True)
+class IsoC(Spectral):
+    """The sum of the task vectors with all singular values set to their mean (arXiv 2502.04959)."""
+
+    name: ClassVar[str] = "iso_c"
+    lambda_: Parameter = 1.0
+
+    def plan(self, read: Reader, models: int) -> Json:
+        return {"kind": "iso_c", "lambda": read.value("lambda", 1.0)}
+
+
+@dataclass(frozen=True, slots=True)
+class IsoCts(Spectral):
+    """As `IsoC`, with a share ``common`` of the directions from the sum and the others from the
+    single tasks (arXiv 2502.04959)."""
+
+    name: ClassVar[str] = "iso_cts"
+    common: Parameter = 0.8
+    lambda_: Parameter = 1.0
+
+    def plan(self, read: Reader, models: int) -> Json:
+        return {
+            "kind": "iso_cts",
+            "common": _share(read, "common", 0.8),
+            "lambda": read.value("lambda", 1.0),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TsvM(Spectral):
+    """The first singular vectors of every task, a share ``rank`` of them each (if nothing is said,
+    1 / models), made orthogonal to each other (arXiv 2412.00081)."""
+
+    name: ClassVar[str] = "tsv_m"
+    rank: Parameter | None = None
+    lambda_: Parameter = 1.0
+
+    def plan(self, read: Reader, models: int) -> Json:
+        rank = read.value("rank", math.nan)
+        if not math.isnan(rank) and not 0.0 < rank <= 1.0 / models + 1e-9:
+            message = (
+                f"rank is {rank:g} for each of {models} models, expected a share of the directions "
+                f"above 0 and at most 1 / {models}"
+            )
+            raise ReasonvecError(message)
+        return {
+            "kind": "tsv_m",
+            "rank": None if math.isnan(rank) else rank,
+            "lambda": read.value("lambda", 1.0),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Star(Spectral):
+    """Task vectors cut to the first singular values that make up a share ``eta`` of their sum, or
+    to the first ``rank``, rescaled to the sum that they had, then averaged (arXiv 2502.10339)."""
+
+    name: ClassVar[str] = "star"
+    eta: Parameter = 0.4
+    rank: Parameter | None = None
+    normalize: Parameter = True
+    lambda_: Parameter = 1.0
+
+    def aside(self, read: Reader, models: int) -> Coefficients | None:
+        if read.matrix:
+            return None
+        weights = [read.weight(i) for i in range(models)]
+        scale = read.value("lambda", 1.0) / _total(weights, _flag(read, "normalize", True))
+        return Coefficients([scale * w for w in weights], True)
+
+    def plan(self, read: Reader, models: int) -> Json:
+        rank = read.value("rank", math.nan)
+        if not math.isnan(rank) and (rank < 1 or rank != int(rank)):
+            raise ReasonvecError(f"rank is {rank:g}, expected a whole number from 1")
+        weights = [read.weight(i) for i in range(models)]
+        total = _total(weights, _flag(read, "normalize", True))
+        return {
+            "kind": "star",
+            "eta": _share(read, "eta", 0.4),
+            "rank": None if math.isnan(rank) else int(rank),
+            "lambda": read.value("lambda", 1.0) / total,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SubspaceBoosting(Spectral):
+    """The weighted sum of the task vectors with small singular values raised: to the one at which
+    the sum of those so far reaches a share ``beta`` of all (arXiv 2506.16506). On top of another
+    method: with that merge as the only model."""
+
+    name: ClassVar[str] = "subspace_boosting"
+    mean: ClassVar[bool] = False
+    beta: Parameter = 0.01
+    lambda_: Parameter = 1.0
+
+    def plan(self, read: Reader, models: int) -> Json:
+        return {
+            "kind": "boost",
+            "beta": _share(read, "beta", 0.01),
+            "lambda": read.value("lambda", 1.0),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Knots(Spectral):
+    """TIES in the space that the task vectors side by side span (arXiv 2410.19735); where there is
+    no matrix, TIES. Without ``elect`` no signs are elected."""
+
+    name: ClassVar[str] = "knots"
+    density: Parameter = 1.0
+    elect: Parameter = True
+    normalize: Parameter = True
+    lambda_: Parameter = 1.0
+
+    def aside(self, read: Reader, models: int) -> Coefficients | None:
+        if read.matrix or _flag(read, "elect", True):
+            return None
+        weights = [read.weight(i) for i in range(models)]
+        scale = read.value("lambda", 1.0) / _total(weights, _flag(read, "normalize", True))
+        return Coefficients([scale * w for w in weights], True)
+
+    def plan(self, read: Reader, models: int) -> Json:
+        shared: Json = {
+            "density": _shares(read, "density", 1.0, models),
+            "normalize": _flag(read, "normalize", True),
+            "lambda": read.value("lambda", 1.0),
+        }
+        if not read.matrix:
+            return {"kind": "ties", **shared}
+        return {"kind": "knots", "elect": _flag(read, "elect", True), **shared}
+
+
+def _floor(read: Reader) -> Json:
+    # What mergekit takes for zero: products of norms (model_stock), mean squares (sce).
+    return {"floor": 1e-6} if read.numerics == "mergekit" else {}
+
+
 def _rescale(read: Reader) -> str:
     # mergekit restores the L1 norm of what is left, the paper divides by the density.
     if not _flag(read, "rescale", True):
@@ -554,7 +751,7 @@ METHODS: Mapping[str, type[Method]] = {
     for method in (
         Linear, TaskArithmetic, Lines, Passthrough, Slerp, Nuslerp, Multislerp, Karcher, ModelStock,
         Ties, DareLinear, DareTies, DellaLinear, Della, Breadcrumbs, BreadcrumbsTies, Sce, Ram,
-        RamPlusTl, Nearswap, ArceeFusion,
+        RamPlusTl, Nearswap, ArceeFusion, TsvM, IsoC, IsoCts, Knots, Star, SubspaceBoosting,
     )
 }  # fmt: skip
 """Every method by its name in a YAML."""

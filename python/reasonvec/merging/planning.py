@@ -21,8 +21,11 @@ from reasonvec.merging.custom import Computation, Custom
 from reasonvec.merging.inputs import Input, MergedInput, PointInput, is_behind, renumbered
 from reasonvec.merging.layers import LayerOrigin, restacked_config
 from reasonvec.merging.methods import LinearMethod, Numerics
-from reasonvec.merging.parameters import Place, Setting, evaluate
+from reasonvec.merging.parameters import Place
+from reasonvec.merging.reader import TensorReader
+from reasonvec.merging.slices import OpenedModel, OpenedSlice, same_input
 from reasonvec.merging.stages import Staged, Stages
+from reasonvec.merging.sums import moved, plain, times
 from reasonvec.merging.vocabulary import Vocabulary, lay_rows
 from reasonvec.names import is_embedding, is_vocabulary
 from reasonvec.terms import Operands, elements
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["MergeMissing", "MergedTensor", "Plan", "plan_merge"]
 
 MergeMissing: TypeAlias = Literal["error", "skip"]
-Settings: TypeAlias = Mapping[str, Setting]
 
 _DTYPES: dict[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # Buffers that a model computes by itself: older files list them, newer ones do not.
@@ -72,83 +74,6 @@ class Plan:
     config: Json
     vocabulary: Vocabulary | None
     inputs: list[Input]
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    input: Input
-    settings: Settings
-    start: int | None
-
-    def name(self, frame: str, layer: int | None) -> str:
-        """The name here of the tensor that is called so in the frame, in the slice's layer."""
-        if layer is None or self.start is None:
-            return frame
-        number = self.start + layer
-        prefix = self.input.stack.prefix
-        if prefix is None:
-            return renumbered(frame, number)
-        tail = re.sub(r"^.*?(?:layers|h|blocks)\.\d+\.", "", frame, count=1)
-        return f"{prefix}{number}.{tail}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Slice:
-    models: list[_Model]
-    base: _Model | None
-    levels: list[Settings]
-    length: int | None
-
-    @property
-    def frame(self) -> _Model:
-        """Whose layers the slice has."""
-        return self.models[0] if self.length is not None or self.base is None else self.base
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """See `reasonvec.merging.methods.Reader`."""
-
-    models: list[_Model]
-    levels: list[Settings]
-    place: Place
-    dimensions: int
-    ramp: float
-    numerics: Numerics
-    seed: int
-    rounding: str | None
-    elects: bool
-
-    def value(self, key: str, default: float, model: int | None = None) -> float:
-        levels = self.levels if model is None else [self.models[model].settings, *self.levels]
-        return evaluate([level.get(key) for level in levels], self.place, default)
-
-    def weight(self, model: int) -> float:
-        levels = [self.models[model].settings, *self.levels]
-        found = evaluate([level.get("weight") for level in levels], self.place, float("nan"))
-        if found != found:
-            message = (
-                f"{self.models[model].input.label} has no weight: give it one under its "
-                "parameters, or one for all under the parameters of the whole"
-            )
-            raise ReasonvecError(message)
-        # mergekit casts the weights to the working dtype. Its runs show the effect in the methods
-        # that elect signs; in the others casting them here leads further away (docs/methods).
-        casts = self.numerics == "mergekit" and self.elects
-        return _rounded(found, self.rounding) if casts else found
-
-
-def _rounded(value: float, dtype: str | None) -> float:
-    """A number as a tensor of the working dtype holds it."""
-    import numpy as np
-
-    if dtype == "float16":
-        return float(np.float16(value))
-    if dtype == "bfloat16":
-        bits = int(np.float32(value).view(np.uint32))
-        bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16
-        return float(np.uint32(bits & 0xFFFFFFFF).view(np.float32))
-    return float(np.float32(value))
 
 
 @dataclass
@@ -190,11 +115,11 @@ class _Planner:
             self.inputs[id(point)] = known
         return known
 
-    def slice(self, part: Slice, module: Module) -> _Slice:
+    def slice(self, part: Slice, module: Module) -> OpenedSlice:
         merge, method = self.merge, self.merge.method
         base = None if merge.base is None else self.open(merge.base)
         models = [
-            _Model(
+            OpenedModel(
                 self.open(model.point),
                 model.settings,
                 None if model.layers is None else model.layers[0],
@@ -210,29 +135,31 @@ class _Planner:
             self.error("layers", f"the layer ranges of a slice must be of one length: {ranges}")
         for model in part.models:
             self._check_range(model.layers, self.open(model.point))
-        opened: _Model | None = None
+        opened: OpenedModel | None = None
         if base is not None and method.base != "none":
-            listed = [model for model in models if _same(model.input, base)]
-            opened = listed[0] if listed else _Model(base, {}, models[0].start if models else None)
+            listed = [model for model in models if same_input(model.input, base)]
+            opened = (
+                listed[0] if listed else OpenedModel(base, {}, models[0].start if models else None)
+            )
             models = [model for model in models if model not in listed]
         elif (
             base is not None
             and method.name != "passthrough"
             and not lengths
-            and not any(_same(model.input, base) for model in models)
+            and not any(same_input(model.input, base) for model in models)
         ):
-            models.append(_Model(base, {}, None))
-        problem = method.check(len(models))
-        if problem is not None:
-            self.error("models", problem)
+            models.append(OpenedModel(base, {}, None))
         if method.base in {"needed", "model"} and opened is None:
             self.error(
                 "base",
                 f"{method.name}: needs a base, what the others are compared with; name it "
                 "(base_model in a config)",
             )
+        # How many models there are besides the base shows only where there is a base.
+        elif (problem := method.check(len(models))) is not None:
+            self.error("models", problem)
         levels = [part.settings, module.settings, merge.settings]
-        return _Slice(models, opened, levels, lengths.pop() if lengths else None)
+        return OpenedSlice(models, opened, levels, lengths.pop() if lengths else None)
 
     def _check_range(self, layers: tuple[int, int] | None, source: Input) -> None:
         if layers is None:
@@ -301,7 +228,9 @@ class _Planner:
         problems = list(dict.fromkeys(self.problems))
         return Plan(self.merge.method.name, [], problems, donor, {}, None, list(used))
 
-    def _used(self, modules: Sequence[tuple[Module, list[_Slice]]], donor: Input) -> list[Input]:
+    def _used(
+        self, modules: Sequence[tuple[Module, list[OpenedSlice]]], donor: Input
+    ) -> list[Input]:
         used = [donor]
         for _, parts in modules:
             for part in parts:
@@ -363,7 +292,7 @@ class _Planner:
 
     def _tensors(
         self,
-        modules: Sequence[tuple[Module, list[_Slice]]],
+        modules: Sequence[tuple[Module, list[OpenedSlice]]],
         donor: Input,
         vocabulary: Vocabulary | None,
     ) -> tuple[list[MergedTensor], list[LayerOrigin] | None]:
@@ -404,7 +333,7 @@ class _Planner:
     def _whole(
         self,
         names: Mapping[str, str],
-        part: _Slice,
+        part: OpenedSlice,
         donor: Input,
         vocabulary: Vocabulary | None,
     ) -> Iterator[MergedTensor]:
@@ -419,7 +348,7 @@ class _Planner:
     def _sliced(
         self,
         names: Mapping[str, str],
-        parts: Sequence[_Slice],
+        parts: Sequence[OpenedSlice],
         donor: Input,
         vocabulary: Vocabulary | None,
         origins: list[LayerOrigin],
@@ -443,7 +372,8 @@ class _Planner:
                     by_layer.setdefault(layer, []).append(name)
             for k in range(length):
                 number = (frame.start or 0) + k
-                depth = k / (length - 1) if length > 1 else 0.0
+                # A single layer is the last one: so mergekit's runs show.
+                depth = k / (length - 1) if length > 1 else 1.0
                 ramp = at / (total - 1) if total > 1 else 0.0
                 origins.append(LayerOrigin(frame.input.layout, number))
                 for name in by_layer.get(number, []):
@@ -459,7 +389,7 @@ class _Planner:
                     info, info.name, name, None, parts[-1], Place(name), 1.0, vocabulary
                 )
 
-    def _check_names(self, part: _Slice, module: Module, donor: Input) -> None:
+    def _check_names(self, part: OpenedSlice, module: Module, donor: Input) -> None:
         """What an input has and the output would not."""
         have = donor.names.keys()
         severity: Severity = "error" if self.missing == "error" else "warning"
@@ -491,6 +421,7 @@ class _Planner:
         method: Json | None,
         why: str | None = None,
         inputs: tuple[str, ...] = (),
+        steps: str | None = None,
     ) -> MergedTensor:
         plan: Json = {
             "name": name,
@@ -502,6 +433,8 @@ class _Planner:
         }
         if method is not None:
             plan["method"] = method
+        if steps is not None:
+            plan["steps"] = steps
         return MergedTensor(name, info.dtype, shape, plan, inputs, why, info.dtype)
 
     def _tensor(
@@ -510,7 +443,7 @@ class _Planner:
         out: str,
         name: str,
         layer: int | None,
-        part: _Slice,
+        part: OpenedSlice,
         place: Place,
         ramp: float,
         vocabulary: Vocabulary | None,
@@ -550,7 +483,7 @@ class _Planner:
             if not fits or other.dtype not in FLOATS:
                 self._unfit(info, out, name, model, other)
                 return self._settled(info, out, shape, None, [], [], None, "refused")
-        reader = _Reader(
+        reader = TensorReader(
             models,
             part.levels,
             place,
@@ -558,8 +491,8 @@ class _Planner:
             ramp,
             self.numerics,
             self.seed,
-            self.merge.dtype,
-            self.merge.method.elects,
+            self._steps(info),
+            self.merge.method.usual_weight,
         )
         labels = tuple(m.input.label for m in here)
         try:
@@ -570,33 +503,54 @@ class _Planner:
                 self.told.add(str(error))
                 self.error("parameter", f"{error} (first at {out})", out)
             target, terms, method = None, [], None
-        return self._settled(info, out, shape, target, terms, [], method, None, labels)
+        steps = None if method is None else reader.steps
+        return self._settled(info, out, shape, target, terms, [], method, None, labels, steps)
+
+    def _steps(self, info: TensorInfo) -> str | None:
+        """The 16 bits that mergekit would compute in: it rounds after every step, and before the
+        first."""
+        if self.numerics != "mergekit" or not self.merge.method.stepwise:
+            return None
+        working = info.dtype if self.merge.dtype is None else _DTYPES[self.merge.dtype]
+        return working if working in {"BF16", "F16"} else None
 
     def _combined(
-        self, part: _Slice, name: str, layer: int | None, reader: _Reader, rows: Vocabulary | None
+        self,
+        part: OpenedSlice,
+        name: str,
+        layer: int | None,
+        reader: TensorReader,
+        rows: Vocabulary | None,
     ) -> tuple[object, list[Json], Json | None]:
         """Target, terms and method of one float tensor."""
         method, base, models = self.merge.method, part.base, part.models
 
-        def sum_of(model: _Model) -> list[Json]:
+        def sum_of(model: OpenedModel) -> list[Json]:
             terms = model.input.terms(model.name(name, layer), self.operands)
             return (
                 terms if rows is None else lay_rows(rows, model.input, name, terms, self.operands)
             )
 
-        if isinstance(method, LinearMethod):
-            said = method.coefficients(reader, len(models))
+        steps = self.numerics == "mergekit" and method.stepwise
+        said = (
+            method.aside(reader, len(models))
+            if not isinstance(method, LinearMethod)
+            else None
+            if steps
+            else method.coefficients(reader, len(models))
+        )
+        if said is not None:
             if not said.differences:
                 terms = [
-                    _times(c, term)
+                    times(c, term)
                     for c, model in zip(said.values, models, strict=True)
                     if c != 0.0
                     for term in sum_of(model)
                 ]
-                copied = _plain(terms[0]) if len(terms) == 1 else None
+                copied = plain(terms[0]) if len(terms) == 1 else None
                 return (copied, [], None) if copied is not None else (None, terms, None)
             assert base is not None
-            return (*self._moved(sum_of(base), said.values, [sum_of(m) for m in models]), None)
+            return (*moved(sum_of(base), said.values, [sum_of(m) for m in models]), None)
         if isinstance(method, Custom):
             return self._computed(method, part, name, layer, reader, rows, sum_of), [], None
         plan = method.plan(reader, len(models))
@@ -621,12 +575,12 @@ class _Planner:
     def _computed(
         self,
         method: Custom,
-        part: _Slice,
+        part: OpenedSlice,
         name: str,
         layer: int | None,
-        reader: _Reader,
+        reader: TensorReader,
         rows: Vocabulary | None,
-        sum_of: Callable[[_Model], list[Json]],
+        sum_of: Callable[[OpenedModel], list[Json]],
     ) -> Json:
         """A tensor that a function in Python makes, which has to be written first."""
         frame = part.frame
@@ -646,29 +600,9 @@ class _Planner:
         )
         return self.operands.ref(staged, reader.place.name)
 
-    def _moved(
-        self, base: list[Json], values: Sequence[float], models: Sequence[list[Json]]
-    ) -> tuple[object, list[Json]]:
-        """Base plus scaled differences from it."""
-        target = _plain(base[0])
-        terms: list[Json] = [] if target is not None else [dict(term) for term in base]
-        rest = base[1:] if target is not None else []
-        terms += rest
-        for c, model in zip(values, models, strict=True):
-            if c == 0.0:
-                continue
-            own = _plain(model[0])
-            if target is not None and own is not None:
-                if own != target:
-                    terms.append({"coefficient": c, "source": {"difference": [own, target]}})
-                terms += [_times(c, term) for term in model[1:]]
-                terms += [_times(-c, term) for term in rest]
-            else:
-                terms += [_times(c, term) for term in model]
-                terms += [_times(-c, term) for term in base]
-        return target, _gathered(terms)
-
-    def _single(self, model: _Model, name: str, layer: int | None, rows: Vocabulary | None) -> Json:
+    def _single(
+        self, model: OpenedModel, name: str, layer: int | None, rows: Vocabulary | None
+    ) -> Json:
         """A model's tensor as one source, or as one list of segments."""
         here = model.name(name, layer)
         whole = model.input.whole(here, self.operands)
@@ -681,7 +615,9 @@ class _Planner:
             laid = model.input.terms(here, self.operands)
         return {"source": {"tensor": self._stage(model, here, laid, rows)}}
 
-    def _stage(self, model: _Model, name: str, terms: list[Json], rows: Vocabulary | None) -> Json:
+    def _stage(
+        self, model: OpenedModel, name: str, terms: list[Json], rows: Vocabulary | None
+    ) -> Json:
         """A tensor that has to be written first, because it is no tensor of any file."""
         staged = self.staged.get(id(model.input))
         if staged is None:
@@ -707,12 +643,12 @@ class _Planner:
 
     # ---- what does not fit
 
-    def _has(self, model: _Model, name: str, layer: int | None) -> bool:
+    def _has(self, model: OpenedModel, name: str, layer: int | None) -> bool:
         return model.name(name, layer) in model.input.names
 
-    def _refs(self, model: _Model, name: str, layer: int | None) -> list[Json]:
+    def _refs(self, model: OpenedModel, name: str, layer: int | None) -> list[Json]:
         terms = model.input.terms(model.name(name, layer), self.operands)
-        return [ref for term in terms if isinstance(ref := _plain(term), dict)]
+        return [ref for term in terms if isinstance(ref := plain(term), dict)]
 
     def _lacking(
         self,
@@ -720,8 +656,8 @@ class _Planner:
         out: str,
         name: str,
         layer: int | None,
-        part: _Slice,
-        missing: Sequence[_Model],
+        part: OpenedSlice,
+        missing: Sequence[OpenedModel],
     ) -> MergedTensor:
         if self.missing == "error" and not _BUFFERS.search(name):
             for model in missing:
@@ -735,14 +671,14 @@ class _Planner:
         if frame is None:
             return self._settled(info, out, info.shape, None, [], [], None, "missing")
         terms = frame.input.terms(frame.name(name, layer), self.operands)
-        target = _plain(terms[0])
+        target = plain(terms[0])
         rest = terms[1:] if target is not None else terms
         return self._settled(
             info, out, info.shape, target, rest, [], None, "not every model has it"
         )
 
     def _unfit(
-        self, info: TensorInfo, out: str, name: str, model: _Model, other: TensorInfo
+        self, info: TensorInfo, out: str, name: str, model: OpenedModel, other: TensorInfo
     ) -> None:
         if other.dtype not in FLOATS:
             self.error("dtype", _unlike(info, [model], [other]), out)
@@ -765,7 +701,7 @@ class _Planner:
             )
 
 
-def _unlike(info: TensorInfo, models: Sequence[_Model], infos: Sequence[TensorInfo]) -> str:
+def _unlike(info: TensorInfo, models: Sequence[OpenedModel], infos: Sequence[TensorInfo]) -> str:
     for model, other in zip(models, infos, strict=True):
         if (other.dtype, other.shape) != (info.dtype, info.shape):
             return (
@@ -774,39 +710,6 @@ def _unlike(info: TensorInfo, models: Sequence[_Model], infos: Sequence[TensorIn
                 "have to be equal in all models"
             )
     return f"{info.name}: differs between the models"
-
-
-def _same(a: Input, b: Input) -> bool:
-    if a is b:
-        return True
-    if not (isinstance(a, PointInput) and isinstance(b, PointInput)):
-        return False
-    return a.folder == b.folder and not a.point.vector.terms and not b.point.vector.terms
-
-
-def _times(c: float, term: Json) -> Json:
-    return term | {"coefficient": c * float(str(term["coefficient"]))}
-
-
-def _plain(term: Json) -> object:
-    """The tensor that a term is, element for element, or None."""
-    source = term.get("source")
-    if term["coefficient"] == 1.0 and isinstance(source, dict) and "tensor" in source:
-        return source["tensor"]
-    return None
-
-
-def _gathered(terms: list[Json]) -> list[Json]:
-    """One term for each source: a base that is subtracted from several models is read once."""
-    found: dict[str, Json] = {}
-    for term in terms:
-        key = repr({k: v for k, v in term.items() if k != "coefficient"})
-        if key in found:
-            total = float(str(found[key]["coefficient"])) + float(str(term["coefficient"]))
-            found[key] = found[key] | {"coefficient": total}
-        else:
-            found[key] = term
-    return [term for term in found.values() if term["coefficient"] != 0.0]
 
 
 def plan_merge(

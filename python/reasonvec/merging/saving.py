@@ -46,7 +46,9 @@ class MergeOptions(SaveOptions, total=False):
     """Bytes of a shard at most, 5 GB by default; a tensor is never split."""
     numerics: Numerics
     """``"default"``: every weight as it is, dropped elements made up for by 1 / density;
-    ``"mergekit"``: weights rounded to the working dtype, L1 norms restored, as mergekit does."""
+    ``"mergekit"``: L1 norms restored, tiny updates taken for none, and where the working dtype has
+    16 bits every step of task arithmetic and the methods that trim rounded to it, as mergekit
+    does."""
     seed: int
     """For the methods that drop elements at random (0 by default)."""
     card: bool

@@ -132,11 +132,11 @@ def _lay_out(
     following = max(final.values(), default=-1) + 1
     added: dict[str, int] = {}
     owners: dict[str, Input] = {}
-    wanted = list(spec.tokens)
+    wanted: list[str] = []
     if spec.source == "union":
         members = [inputs.index(source) for source in used]
         wanted += [token for k in members for token in sorted(maps[k], key=maps[k].__getitem__)]
-    for token in wanted:
+    for token in [*wanted, *spec.tokens]:
         if token in final:
             continue
         owner = next((s for s, tokens in zip(inputs, maps, strict=True) if token in tokens), None)

@@ -10,6 +10,7 @@ the same bits.
 - `gram_merges`: methods whose coefficients come from the products of the models
 - `mask_merges`: methods that choose element by element
 - `lowrank`: what an adapter adds, and low-rank tensors
+- `spectral_merges`: methods that work on singular vectors
 - `spectral`: leading and trailing triplets, noise floors
 """
 
@@ -18,4 +19,5 @@ from reasonvec.reference.linear_merges import *  # noqa: F403
 from reasonvec.reference.lowrank import *  # noqa: F403
 from reasonvec.reference.mask_merges import *  # noqa: F403
 from reasonvec.reference.spectral import *  # noqa: F403
+from reasonvec.reference.spectral_merges import *  # noqa: F403
 from reasonvec.reference.vectors import *  # noqa: F403

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -88,9 +89,9 @@ def by_columns(
     return out
 
 
-def _cosine(products: Gram, i: int, j: int) -> float:
+def _cosine(products: Gram, i: int, j: int, floor: float = 0.0) -> float:
     # Square roots apart, so that their product does not overflow.
-    scale = math.sqrt(products[i][i]) * math.sqrt(products[j][j])
+    scale = max(math.sqrt(products[i][i]) * math.sqrt(products[j][j]), floor)
     return max(-1.0, min(1.0, products[i][j] / scale)) if scale else 0.0
 
 
@@ -271,17 +272,18 @@ def karcher(models: Sequence[Work], max_iter: int = 10, tol: float = 1e-5) -> Wo
     return combine(models, karcher_coefficients(gram(models), max_iter, tol), _work_of(models[0]))
 
 
-def model_stock_coefficients(products: Gram) -> list[float]:
+def model_stock_coefficients(products: Gram, floor: float = 0.0) -> list[float]:
     """t / n for every task vector: t = n c / (1 + (n - 1) c), c their mean pairwise cosine.
 
     Pairs are added with the first index slower. One task vector: t = 1. Where 1 + (n - 1) c is not
-    above 1e-8 the task vectors cancel each other: t = 0.
+    above 1e-8 the task vectors cancel each other: t = 0. A product of two norms counts as ``floor``
+    at least (1e-6 in mergekit).
 
     >>> model_stock_coefficients([[1.0, 0.5], [0.5, 1.0]])
     [0.3333333333333333, 0.3333333333333333]
     """
     n = len(products)
-    pairs = [_cosine(products, i, j) for i in range(n) for j in range(i + 1, n)]
+    pairs = [_cosine(products, i, j, floor) for i in range(n) for j in range(i + 1, n)]
     c = _in_order(pairs) / len(pairs) if pairs else 1.0
     apart = 1.0 + (n - 1) * c
     t = n * c / apart if apart > 1e-8 else 0.0
@@ -289,13 +291,18 @@ def model_stock_coefficients(products: Gram) -> list[float]:
 
 
 def model_stock(
-    models: Sequence[Work], base: Work, columns: int, filter_wise: bool = False
+    models: Sequence[Work],
+    base: Work,
+    columns: int,
+    filter_wise: bool = False,
+    floor: float = 0.0,
 ) -> Work:
     """t (mean(x_i) - base): as far towards the mean as the angles say (arXiv 2403.19522).
 
     For a tensor as a whole, or ``filter_wise`` for every row of [rows, columns].
     """
     vectors = tasks(models, base)
+    solve = partial(model_stock_coefficients, floor=floor)
     if filter_wise:
-        return by_rows(vectors, columns, model_stock_coefficients)
-    return combine(vectors, model_stock_coefficients(gram(vectors)), _work_of(base))
+        return by_rows(vectors, columns, solve)
+    return combine(vectors, solve(gram(vectors)), _work_of(base))

@@ -26,9 +26,19 @@ from reasonvec.reference.vectors import (
     combine,
     finish,
     narrow,
+    widen,
 )
 
-__all__ = ["linear", "lines", "merged", "normalized", "passthrough", "task_arithmetic", "tasks"]
+__all__ = [
+    "linear",
+    "lines",
+    "merged",
+    "normalized",
+    "passthrough",
+    "step",
+    "task_arithmetic",
+    "tasks",
+]
 
 
 def merged(u: Work, out_dtype: Dtype, base: Bits | None = None, dtype: Dtype = "F32") -> Bits:
@@ -40,10 +50,25 @@ def merged(u: Work, out_dtype: Dtype, base: Bits | None = None, dtype: Dtype = "
     return narrow(u, out_dtype) if base is None else finish(base, dtype, u, out_dtype)
 
 
-def tasks(models: Sequence[Work], base: Work) -> list[Work]:
-    """The task vectors d_i = x_i - base [n], subtracted in W (arXiv 2212.04089, section 2)."""
+def step(x: Work, steps: Dtype | None) -> Work:
+    """What a step of a merge leaves [n]: as it is, or rounded to a format and widened again.
+
+    >>> step(np.float32([1.001]), "BF16")
+    array([1.], dtype=float32)
+    """
+    if steps is None:
+        return x
+    return widen(narrow(x, steps), steps, "F64" if x.dtype == np.float64 else "F32")
+
+
+def tasks(models: Sequence[Work], base: Work, steps: Dtype | None = None) -> list[Work]:
+    """The task vectors d_i = x_i - base [n], subtracted in W (arXiv 2212.04089, section 2).
+
+    With ``steps``, models, base and differences are each rounded to that format.
+    """
     with np.errstate(all="ignore"):
-        return [_as_work(x - base, _work_of(base)) for x in models]
+        start = step(base, steps)
+        return [step(_as_work(step(x, steps) - start, _work_of(base)), steps) for x in models]
 
 
 def normalized(weights: Sequence[float]) -> list[float]:

@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from reasonvec.reference.linear_merges import normalized, tasks
+from reasonvec.reference.linear_merges import normalized, step, tasks
 from reasonvec.reference.vectors import (
     Dtype,
     Index,
@@ -159,7 +159,7 @@ def rescaled(d: Work, stays: Mask, density: float, rescale: Rescale) -> float:
 
     1 / density, or the sum of all magnitudes over the sum of those that stay (1 if it is zero).
     """
-    if rescale == "none":
+    if rescale == "none" or density == 0:
         return 1.0
     if rescale == "density":
         return 1.0 / density
@@ -176,6 +176,7 @@ def consensus(
     elect: bool,
     normalize: bool,
     lambda_: float = 1.0,
+    steps: Dtype | None = None,
 ) -> Work:
     """The weighted sum of what stays of each vector [n], after the election of a sign.
 
@@ -184,13 +185,14 @@ def consensus(
     with that sign count. num = the sum of those that count, in order. With ``normalize``: over
     den = the sum of w_i (rounded to W, in order) of those that count, or of all weights (F64, then
     rounded) without an election; where abs(den) < 1e-8 the divisor is 1. u = lambda * (num / den).
-    (arXiv 2306.01708.)
+    (arXiv 2306.01708.) With ``steps``, every W_i, num, den, the quotient and u are rounded to that
+    format, as mergekit does in 16 bits; the sums only when they are complete.
     """
     work = _work_of(vectors[0])
     zero = np.zeros_like(vectors[0])
     with np.errstate(all="ignore"):
         parts = [
-            np.where(stay, _as_work(np.asarray(w * scale), work) * d, zero)
+            step(np.where(stay, _as_work(np.asarray(w * scale), work) * d, zero), steps)
             for d, stay, w, scale in zip(vectors, stays, weights, scales, strict=True)
         ]
         num, den = zero, zero
@@ -207,9 +209,10 @@ def consensus(
             for part in parts:
                 num = num + part
             den = den + _as_work(np.asarray(_in_order(weights)), work)
+        num, den = step(num, steps), step(den, steps)
         if normalize:
-            num = num / np.where(np.abs(den) < TINY, np.ones_like(den), den)
-        return _as_work(_as_work(np.asarray(lambda_), work) * num, work)
+            num = step(num / np.where(np.abs(den) < TINY, np.ones_like(den), den), steps)
+        return step(_as_work(_as_work(np.asarray(lambda_), work) * num, work), steps)
 
 
 def ties(
@@ -219,6 +222,7 @@ def ties(
     density: Sequence[float],
     normalize: bool = True,
     lambda_: float = 1.0,
+    steps: Dtype | None = None,
 ) -> Work:
     """Trim, elect signs, add what agrees (arXiv 2306.01708).
 
@@ -228,10 +232,10 @@ def ties(
     >>> ties(models, np.zeros(3, np.float32), [1.0, 1.0], [0.7, 0.7])
     array([ 3., -3., -2.], dtype=float32)
     """
-    vectors = tasks(models, base)
+    vectors = tasks(models, base, steps)
     stays = [largest(d, share) for d, share in zip(vectors, density, strict=True)]
     ones = [1.0] * len(vectors)
-    return consensus(vectors, stays, weights, ones, True, normalize, lambda_)
+    return consensus(vectors, stays, weights, ones, True, normalize, lambda_, steps)
 
 
 def dare(
@@ -245,18 +249,19 @@ def dare(
     normalize: bool = False,
     rescale: Rescale = "density",
     lambda_: float = 1.0,
+    steps: Dtype | None = None,
 ) -> Work:
     """Drop elements at random and rescale the rest (arXiv 2311.03099); then add.
 
     ``elect`` is dare_ties, without it dare_linear. ``name`` is the tensor's. A density of 1 or more
     keeps everything and scales nothing.
     """
-    vectors = tasks(models, base)
+    vectors = tasks(models, base, steps)
     stays, scales = [], []
     for i, (d, share) in enumerate(zip(vectors, density, strict=True)):
         stays.append(random_mask(share, d.size, seed, name, i))
         scales.append(1.0 if share >= 1 else rescaled(d, stays[i], share, rescale))
-    return consensus(vectors, stays, weights, scales, elect, normalize, lambda_)
+    return consensus(vectors, stays, weights, scales, elect, normalize, lambda_, steps)
 
 
 def della(
@@ -272,6 +277,7 @@ def della(
     normalize: bool,
     rescale: Rescale = "density",
     lambda_: float = 1.0,
+    steps: Dtype | None = None,
 ) -> Work:
     """Drop elements at random, small ones more often, and rescale (arXiv 2406.11617).
 
@@ -279,7 +285,7 @@ def della(
     W, by its own probability (rounded to W); that comes before the weight. ``elect`` is della,
     without it della_linear. A density of 1 or more keeps everything and scales nothing.
     """
-    vectors = tasks(models, base)
+    vectors = tasks(models, base, steps)
     work = _work_of(base)
     stays, scales, paid = [], [], []
     for i, (d, share, spread) in enumerate(zip(vectors, density, epsilon, strict=True)):
@@ -294,7 +300,7 @@ def della(
         with np.errstate(all="ignore"):
             own = _as_work(d / _as_work(probability, work), work)
         paid.append(np.where(stays[i], own, d) if rescale == "density" else d)
-    return consensus(paid, stays, weights, scales, elect, normalize, lambda_)
+    return consensus(paid, stays, weights, scales, elect, normalize, lambda_, steps)
 
 
 def breadcrumbs(
@@ -306,31 +312,39 @@ def breadcrumbs(
     elect: bool,
     normalize: bool = False,
     lambda_: float = 1.0,
+    steps: Dtype | None = None,
 ) -> Work:
     """Drop the largest and the smallest elements (arXiv 2312.06795); then add.
 
     In `magnitude_order`, the first top = min(int(gamma_i * n), n - k) of n elements go, the next
     k = int(density_i * n) stay, the others go. ``elect`` is breadcrumbs_ties.
     """
-    vectors = tasks(models, base)
+    vectors = tasks(models, base, steps)
     stays = []
     for d, share, most in zip(vectors, density, gamma, strict=True):
         k = d.size if share >= 1 else int(share * d.size)
         top = min(int(most * d.size), d.size - k)
         stays.append(between(d, top, top + k))
     ones = [1.0] * len(vectors)
-    return consensus(vectors, stays, weights, ones, elect, normalize, lambda_)
+    return consensus(vectors, stays, weights, ones, elect, normalize, lambda_, steps)
 
 
-def sce(models: Sequence[Work], base: Work, select_topk: float = 1.0, lambda_: float = 1.0) -> Work:
+def sce(
+    models: Sequence[Work],
+    base: Work,
+    select_topk: float = 1.0,
+    lambda_: float = 1.0,
+    floor: float = 0.0,
+) -> Work:
     """Select, calculate, erase (arXiv 2408.07990).
 
     Select: of the elements whose spread over the models is not zero, the int(select_topk * their
     number) largest; the spread is sum_i (d_i - mean)^2 with mean = sum_i d_i / count, all in W, in
     order. From a select_topk of 1 on, every element. Calculate: w_i = the sum of d_i^2 over the
-    selected elements, divided by the sum of those sums (F64). Erase: the sign is + if the sum of
-    the d_i, in order, is >= 0, else -, and only the d_i != 0 with that sign count; their weighted
-    mean as in `consensus`, with ``normalize``.
+    selected elements, divided by the sum of those sums (F64); all weigh the same where that sum is
+    less than ``floor`` times the number of elements (1e-6 in mergekit). Erase: the sign is + if the
+    sum of the d_i, in order, is >= 0, else -, and only the d_i != 0 with that sign count; their
+    weighted mean as in `consensus`, with ``normalize``.
     """
     vectors = tasks(models, base)
     work = _work_of(base)
@@ -354,7 +368,8 @@ def sce(models: Sequence[Work], base: Work, select_topk: float = 1.0, lambda_: f
         energy.append(fixed_dot(chosen, chosen))
     if _in_order(energy) == 0:
         return zero
-    weights = normalized(energy)
+    equal = _in_order(energy) < floor * base.size
+    weights = [1.0 / len(vectors)] * len(vectors) if equal else normalized(energy)
     positive = total >= 0
     stays = [selected & np.where(positive, d > 0, d < 0) for d in vectors]
     return consensus(vectors, stays, weights, [1.0] * len(vectors), True, True, lambda_)
