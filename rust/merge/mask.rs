@@ -262,7 +262,7 @@ impl Mask {
             diverged: OnceLock::new(),
             fence: OnceLock::new(),
         };
-        if mask.ranks() && mask.row > 1 << 32 {
+        if mask.ranks() && mask.row > 1 << 31 {
             return Err(Error::mismatch(
                 shape.name,
                 format!("rows of {} elements are too long to be ranked", mask.row),
