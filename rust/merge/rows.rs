@@ -184,9 +184,9 @@ mod tests {
                     // What two models in a 16-bit format differ by.
                     1 => short(a * 0.02 + b * 0.0005) - short(a * 0.02),
                     // Mostly zeros of both signs.
-                    2 if i % 9 != 0 => 0.0 * a as f32,
+                    2 if !i.is_multiple_of(9) => 0.0 * a as f32,
                     // Much smaller than the largest.
-                    3 if i % 5 != 0 => (a * 1e-9) as f32,
+                    3 if !i.is_multiple_of(5) => (a * 1e-9) as f32,
                     4 => (a * 3.0).round() as f32 * 0.01,
                     _ => short(b),
                 }
