@@ -22,36 +22,24 @@ pub(super) struct Ranks {
     some: Vec<u64>,
     odd: Vec<u64>,
     counts: Vec<u32>,
-    mixed: Vec<u8>,
+    mixed: Vec<u32>,
     words: Vec<u64>,
     sorted: Vec<u64>,
-}
-
-/// The indices of set bits.
-fn set_bits(words: &[u64]) -> impl Iterator<Item = usize> + '_ {
-    words.iter().enumerate().flat_map(|(i, &word)| {
-        let mut left = word;
-        std::iter::from_fn(move || {
-            let bit = left.trailing_zeros() as usize;
-            (left != 0).then(|| {
-                left &= left - 1;
-                i * 64 + bit
-            })
-        })
-    })
 }
 
 impl Ranks {
     /// Bytes for rows of a length.
     pub(super) fn memory(row: u64) -> u64 {
-        row * 25 + u64::from(OCTAVES << 10) * 5
+        row * 29 + u64::from(OCTAVES << 10) * 4
     }
 
-    /// Ranks the elements of a row of at most 2^32.
+    /// Ranks the elements of a row of at most 2^31.
     pub(super) fn find<W: Work>(&mut self, level: Level, row: &[W]) {
         let n = row.len();
-        self.ranks.clear();
-        self.ranks.resize(n, 0);
+        if self.ranks.len() != n {
+            self.ranks.clear();
+            self.ranks.resize(n, 0);
+        }
         if size_of::<W>() == 8 || n < SHORT {
             self.sorted.clear();
             self.sorted.extend(0..n as u64);
@@ -70,8 +58,8 @@ impl Ranks {
     fn count<W: Work>(&mut self, level: Level, row: &[W]) -> bool {
         let Self { ranks, buckets, some, odd, counts, mixed, words, .. } = self;
         let (n, groups) = (row.len(), row.len().div_ceil(64));
-        buckets.clear();
         buckets.resize(groups * 64, 0);
+        buckets[n..].fill(0);
         some.resize(groups, 0);
         odd.resize(groups, 0);
         let mut largest = 0;
@@ -85,42 +73,29 @@ impl Ranks {
         dispatch::buckets(level, buckets, some, odd, shift, lowest);
         counts.clear();
         counts.resize(all as usize, 0);
-        for i in set_bits(some) {
-            counts[buckets[i] as usize] += 1;
-        }
+        dispatch::tally(level, counts, buckets, some);
         let mut before = 0;
         for count in counts.iter_mut().rev() {
             before += std::mem::replace(count, before);
         }
+        dispatch::mark(level, counts, buckets, odd);
+        mixed.resize(n + 1, 0);
+        let found = dispatch::rank(level, ranks, mixed, counts, buckets, some);
+        if found > n / 4 {
+            return false;
+        }
+        let word = |&i: &u32| {
+            let key: u64 = row[i as usize].magnitude().into();
+            (u64::from(u32::MAX) - key) << 32 | u64::from(i)
+        };
         words.clear();
-        if odd.iter().any(|&word| word != 0) {
-            mixed.clear();
-            mixed.resize(all as usize, 0);
-            for i in set_bits(odd) {
-                mixed[buckets[i] as usize] = 1;
-            }
-            words.resize(n, 0);
-            let mut found = 0;
-            for i in set_bits(some) {
-                let key: u64 = row[i].magnitude().into();
-                words[found] = (u64::from(u32::MAX) - key) << 32 | i as u64;
-                found += usize::from(mixed[buckets[i] as usize]);
-            }
-            words.truncate(found);
-            if found > n / 4 {
-                return false;
-            }
-            words.sort_unstable();
-        }
-        for i in set_bits(some) {
-            let next = &mut counts[buckets[i] as usize];
-            ranks[i] = *next;
-            *next += 1;
-        }
+        words.extend(mixed[..found].iter().map(word));
+        words.sort_unstable();
         // The counts have reached the end of their buckets.
         let place = |word: u64| (word & u64::from(u32::MAX)) as usize;
         for equals in words.chunk_by(|&a, &b| buckets[place(a)] == buckets[place(b)]) {
-            let from = counts[buckets[place(equals[0])] as usize] - equals.len() as u32;
+            let end = counts[buckets[place(equals[0])] as usize] & (u32::MAX >> 1);
+            let from = end - equals.len() as u32;
             for (rank, &word) in (from..).zip(equals) {
                 ranks[place(word)] = rank;
             }

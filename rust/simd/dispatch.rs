@@ -174,6 +174,18 @@ stamp!(
     round [E: Element, W: Work] (x: &mut [W])
 );
 stamp!(
+    /// [`kernel::tally`] at a level.
+    tally [] (counts: &mut [u32], buckets: &[u32], some: &[u64])
+);
+stamp!(
+    /// [`kernel::mark`] at a level.
+    mark [] (counts: &mut [u32], buckets: &[u32], odd: &[u64])
+);
+stamp!(
+    /// [`kernel::rank`] at a level.
+    rank [] (ranks: &mut [u32], mixed: &mut [u32], counts: &mut [u32], buckets: &[u32], some: &[u64]) -> usize
+);
+stamp!(
     /// [`kernel::minus`] at a level.
     minus [] (into: &mut [f64], y: &[f64], x: &[f64])
 );

@@ -751,6 +751,49 @@ pub fn round<E: Element, W: Work>(x: &mut [W]) {
     }
 }
 
+/// The indices of set bits.
+#[inline(always)]
+fn each_set(bits: &[u64], mut with: impl FnMut(usize)) {
+    for (i, &word) in bits.iter().enumerate() {
+        let mut left = word;
+        while left != 0 {
+            with(i * 64 + left.trailing_zeros() as usize);
+            left &= left - 1;
+        }
+    }
+}
+
+/// Counts buckets, of the elements whose bit is set.
+#[inline(always)]
+pub fn tally(counts: &mut [u32], buckets: &[u32], some: &[u64]) {
+    each_set(some, |i| counts[buckets[i] as usize] += 1);
+}
+
+/// What [`mark`] sets.
+const MARK: u32 = 1 << 31;
+
+/// Marks the buckets of the elements whose bit is set.
+#[inline(always)]
+pub fn mark(counts: &mut [u32], buckets: &[u32], odd: &[u64]) {
+    each_set(odd, |i| counts[buckets[i] as usize] |= MARK);
+}
+
+/// Gives each element whose bit is set the next number of its bucket, and lists those in marked buckets, for which there must be room for one more than
+/// there are. How many those are.
+#[inline(always)]
+pub fn rank(ranks: &mut [u32], mixed: &mut [u32], counts: &mut [u32], buckets: &[u32], some: &[u64]) -> usize {
+    let mut found = 0;
+    each_set(some, |i| {
+        let next = &mut counts[buckets[i] as usize];
+        let rank = *next;
+        *next = rank + 1;
+        ranks[i] = rank & (MARK - 1);
+        mixed[found] = i as u32;
+        found += (rank / MARK) as usize;
+    });
+    found
+}
+
 /// `into = y - x`.
 #[inline(always)]
 pub fn minus(into: &mut [f64], y: &[f64], x: &[f64]) {

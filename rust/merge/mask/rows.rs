@@ -1,0 +1,127 @@
+//! What needs whole rows: divergences, and choices by rank.
+
+use std::ops::Range;
+use std::sync::PoisonError;
+
+use crate::Result;
+use crate::bf16::Work;
+use crate::simd::dispatch::{self, MICRO};
+use crate::stream::{BLOCK, Tile};
+
+use super::super::gram::{micros, runs};
+use super::super::method::Worker;
+use super::super::points::{Lanes, Opened};
+use super::super::prepare::Job;
+use super::super::rows::divergence;
+use super::{Choice, Mask, Rule, Scratch, word_bound};
+
+impl Mask {
+    /// A row belongs to the tile in which it begins, which reads all of it.
+    pub(super) fn measure_rows<W: Work>(&self, worker: Worker<'_>, job: &Job, tile: &Tile) -> Result<()> {
+        let rows = tile.elements.start.div_ceil(self.row)..tile.elements.end.div_ceil(self.row);
+        let (start, end) = (rows.start * self.row, (rows.end * self.row).min(self.elements));
+        let mut found = Vec::with_capacity((rows.end - rows.start) as usize);
+        let row = self.row.min(self.elements) as usize;
+        let (mut x, mut y, mut apart, mut filled) = (vec![0.0; row], vec![0.0; row], Vec::new(), 0);
+        let mut piece = [W::ZERO; MICRO];
+        let level = worker.level;
+        for at in (start..end).step_by(BLOCK as usize) {
+            let window = at..(at + BLOCK).min(end);
+            let mut opened = Opened::<W>::new(worker.level, job, &window, worker.pool)?;
+            let mut points = opened.points();
+            for (_, part) in runs(&window, self.row) {
+                let part = window.start + part.start as u64..window.start + part.end as u64;
+                for elements in micros(part.clone()) {
+                    let piece = &mut piece[..(elements.end - elements.start) as usize];
+                    let here = filled..filled + piece.len();
+                    points.base(piece, &elements);
+                    dispatch::double(level, &mut x[here.clone()], piece);
+                    points.model(0, piece, &elements)?;
+                    dispatch::double(level, &mut y[here.clone()], piece);
+                    filled = here.end;
+                }
+                if filled == row {
+                    found.push(divergence(level, &mut x, &mut y, &mut apart));
+                    filled = 0;
+                }
+            }
+        }
+        let mut all = self.divergences.lock().unwrap_or_else(PoisonError::into_inner);
+        all.resize(self.elements.div_ceil(self.row) as usize, 0.0);
+        all[rows.start as usize..rows.end as usize].copy_from_slice(&found);
+        Ok(())
+    }
+
+    /// What the rows of a block leave of each input. Rows that reach beyond the block are read whole.
+    pub(super) fn choose_ranked<W: Work>(
+        &self,
+        worker: Worker<'_>,
+        job: &Job,
+        block: &Range<u64>,
+        scratch: &mut Scratch<W>,
+    ) -> Result<()> {
+        let Rule::Chosen { choices, .. } = &self.rule else { return Ok(()) };
+        let row = self.row;
+        let whole = block.start / row * row..(block.end.div_ceil(row) * row).min(self.elements);
+        let n = (whole.end - whole.start) as usize;
+        let mut opened = Opened::<W>::new(worker.level, job, &whole, worker.pool)?;
+        let mut points = opened.points();
+        let Scratch {
+            lanes: Lanes { base, more: [shares, ..], .. },
+            words,
+            lasts,
+            chosen,
+            chosen_from,
+            ranks,
+            terms,
+            ..
+        } = scratch;
+        *chosen_from = (block.start - whole.start) as usize;
+        let mut finite = true;
+        for (i, choice) in choices.iter().enumerate() {
+            let Choice::Ranked { generator, density, epsilon, divide } = choice else { continue };
+            let wide = &mut chosen[i];
+            wide.resize(n, W::ZERO);
+            for elements in micros(whole.clone()) {
+                let (from, to) = ((elements.start - whole.start) as usize, (elements.end - whole.start) as usize);
+                finite &= points.input(i, &mut wide[from..to], &mut base[..to - from], &elements)?;
+            }
+            if !finite {
+                // What is beyond the block is for others to complain about.
+                let own = &wide[*chosen_from..*chosen_from + (block.end - block.start) as usize];
+                finite = own.iter().all(|x| x.is_finite());
+                worker.check::<W>(job, finite, block)?;
+                finite = true;
+            }
+            let last = (row.max(2) - 1) as f64;
+            terms.clear();
+            terms.extend((0..row.min(self.elements)).map(|rank| {
+                let p = if row == 1 { *density } else { (density + epsilon) - (2.0 * epsilon) * (rank as f64 / last) };
+                let p = p.clamp(0.0, 1.0);
+                match word_bound(p) {
+                    0 => (0, W::ZERO),
+                    bound => ((bound - 1) as u32, if *divide { W::from_f64(p) } else { W::from_f64(1.0) }),
+                }
+            }));
+            for start in (0..n).step_by(row as usize) {
+                let x = &mut wide[start..(start + row as usize).min(n)];
+                ranks.find(worker.level, x);
+                let at = whole.start + start as u64;
+                for piece in micros(at..at + x.len() as u64) {
+                    // Counters hold four words each, and rows begin anywhere.
+                    let aligned = piece.start / 4 * 4;
+                    let words = &mut words[..(piece.end - aligned) as usize];
+                    dispatch::words(worker.level, words, *generator, aligned);
+                    let words = &words[(piece.start - aligned) as usize..];
+                    let (from, n) = ((piece.start - at) as usize, words.len());
+                    let (lasts, shares) = (&mut lasts[..n], &mut shares[..n]);
+                    for ((last, share), &rank) in lasts.iter_mut().zip(&mut *shares).zip(&ranks.ranks[from..]) {
+                        (*last, *share) = terms[rank as usize];
+                    }
+                    dispatch::keep_drawn(worker.level, &mut x[from..from + n], words, lasts, shares);
+                }
+            }
+        }
+        Ok(())
+    }
+}
