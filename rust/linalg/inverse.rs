@@ -207,8 +207,8 @@ pub(super) fn smallest(
         let length = if cycle == 0 { LENGTH / 2 } else { wanted as usize };
         let found = iterate(level, threads, &factor, block, b, r, length, fresh, control)?;
         let at = |i: usize| shift + 1.0 / found.values[i];
-        // The angle between a wanted vector and the span.
-        let gap = found.values[r - 1] - found.values[b - 1];
+        // The angle between a wanted vector and the span. Where many eigenvalues are one (zero, for a matrix of low rank) any vectors of theirs will do.
+        let gap = (found.values[r - 1] - found.values[b - 1]).max(1e-3 * found.values[r - 1]);
         let worst = found.leaks.iter().fold(0.0f64, |m, &x| m.max(x)) / gap;
         // Rounding may leave it at a little more.
         if worst <= CLOSE || (worst <= 1e2 * CLOSE && worst > 0.3 * last) {
