@@ -29,6 +29,7 @@ __all__ = [
     "simd_levels",
     "spectrum",
     "svd",
+    "svd_memory",
     "values",
     "verify_vector",
     "version",
