@@ -10,6 +10,8 @@ Importing this package imports neither torch nor transformers nor numpy; `reason
 """
 
 import warnings
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from reasonvec._reasonvec import is_debug_build, simd_level, simd_levels, version
 from reasonvec.algebra import (
@@ -22,7 +24,6 @@ from reasonvec.algebra import (
     mean,
     open,  # noqa: A004
 )
-from reasonvec.config import read_config
 from reasonvec.errors import (
     DamageError,
     FormatError,
@@ -31,38 +32,41 @@ from reasonvec.errors import (
     ReasonvecError,
 )
 from reasonvec.factors import factors, write_factors
-from reasonvec.merging.custom import method
-from reasonvec.merging.merge import (
-    Merge,
-    arcee_fusion,
-    breadcrumbs,
-    breadcrumbs_ties,
-    dare_linear,
-    dare_ties,
-    della,
-    della_linear,
-    iso_c,
-    iso_cts,
-    karcher,
-    knots,
-    linear,
-    lines,
-    model_stock,
-    multislerp,
-    nearswap,
-    nuslerp,
-    passthrough,
-    ram,
-    ramplus_tl,
-    sce,
-    slerp,
-    stack,
-    star,
-    subspace_boosting,
-    task_arithmetic,
-    ties,
-    tsv_m,
-)
+
+if TYPE_CHECKING:
+    from reasonvec.config import read_config
+    from reasonvec.merging.custom import method
+    from reasonvec.merging.merge import (
+        Merge,
+        arcee_fusion,
+        breadcrumbs,
+        breadcrumbs_ties,
+        dare_linear,
+        dare_ties,
+        della,
+        della_linear,
+        iso_c,
+        iso_cts,
+        karcher,
+        knots,
+        linear,
+        lines,
+        model_stock,
+        multislerp,
+        nearswap,
+        nuslerp,
+        passthrough,
+        ram,
+        ramplus_tl,
+        sce,
+        slerp,
+        stack,
+        star,
+        subspace_boosting,
+        task_arithmetic,
+        ties,
+        tsv_m,
+    )
 
 __all__ = [
     "Checkpoint",
@@ -117,6 +121,24 @@ __all__ = [
 ]
 
 __version__: str = version()
+
+if not TYPE_CHECKING:
+    # Merging is more than half of the package, and a program that applies a vector needs none of
+    # it: it is imported when somebody asks for one of its names.
+    _MERGING = ("reasonvec.merging.merge", "reasonvec.merging.custom", "reasonvec.config")
+
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            for module in map(import_module, _MERGING):
+                if name in module.__all__:
+                    globals()[name] = getattr(module, name)
+                    return globals()[name]
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 if is_debug_build():
     warnings.warn(

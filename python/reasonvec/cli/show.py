@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from rich.console import Console
-from rich.markup import escape as _escape
-from rich.table import Table
 
 from reasonvec.compat.problem import Problem, fold
 from reasonvec.names import kind_of
 from reasonvec.wording import count, legible, magnitude, percent, short_count, size
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from reasonvec.apply import ApplyPlan, ApplyReport
     from reasonvec.check import CheckReport, Distances
     from reasonvec.compare import Comparison, Pair
@@ -28,25 +27,35 @@ if TYPE_CHECKING:
     from reasonvec.undo import UndoReport
     from reasonvec.verify import DiffReport, VerifyReport
 
-_console = Console(highlight=False, emoji=False)
+
+# What prints is imported when something is printed: with --quiet or --json nothing is.
+@cache
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, emoji=False)
 
 
 def escape(text: str) -> str:
     """Strangers' words as they are: no markup, no control characters."""
-    return _escape(legible(text))
+    from rich.markup import escape
+
+    return escape(legible(text))
 
 
 def _say(text: str) -> None:
-    _console.print(text, soft_wrap=True)
+    _console().print(text, soft_wrap=True)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    _console.print(table)
+    _console().print(table)
 
 
 def _number(x: float | None, form: str = ".4f") -> str:
