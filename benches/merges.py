@@ -149,13 +149,18 @@ def main() -> None:
         for name in arguments.only or METHODS:
             status.update(name)
             rows += bench.rows(METHODS[name])
+            # Again after each method: mergekit takes minutes, and a run that is cut keeps the rest.
+            if not arguments.only and not arguments.quick:
+                save(rows, bench)
     shutil.rmtree(OUTPUTS)
     table.show(rows, bench.seconds)
-    if not arguments.only and not arguments.quick:
-        facts = {"machine": table.machine(), "shapes": "Qwen2.5-1.5B (and 7B for memory)"}
-        table.save(
-            RESULTS, "merges", "Merge methods beside mergekit", NOTES, facts, rows, bench.seconds
-        )
+
+
+def save(rows: list[Row], bench: Bench) -> None:
+    facts = {"machine": table.machine(), "shapes": "Qwen2.5-1.5B (and 7B for memory)"}
+    table.save(
+        RESULTS, "merges", "Merge methods beside mergekit", NOTES, facts, rows, bench.seconds
+    )
 
 
 if __name__ == "__main__":
