@@ -57,12 +57,14 @@ struct Shard {
     at: u64,
 }
 
-/// Where a tile's bitmap and values go: to be written before the vector is finished.
+/// Bytes of a part that are gathered before they are written: a file takes one long write for less than half the price of ten short ones.
+pub const RUN: usize = 1 << 19;
+
+/// Bytes whose place is decided: to be written before the vector is finished.
 #[must_use]
 pub struct Pending {
     writer: Arc<Writer>,
-    bitmap: u64,
-    values: u64,
+    runs: Vec<(u64, Vec<u8>)>,
 }
 
 impl Pending {
@@ -70,20 +72,43 @@ impl Pending {
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn write(self, tile: &Packed) -> Result<()> {
-        self.writer.write_at(&tile.bitmap, self.bitmap)?;
-        self.writer.write_at(&tile.values, self.values)
+    pub fn write(self) -> Result<()> {
+        self.runs.iter().try_for_each(|(at, bytes)| self.writer.write_at(bytes, *at))
+    }
+}
+
+/// A part of a tensor while it grows.
+struct Growing {
+    digest: Stream,
+    /// Where its next byte goes.
+    at: u64,
+    /// What stands before that and is not written yet.
+    run: Vec<u8>,
+}
+
+impl Growing {
+    fn new(digest: Stream, at: u64) -> Self {
+        Self { digest, at, run: Vec::new() }
+    }
+
+    fn push(&mut self, bytes: &[u8]) {
+        self.digest.update(bytes);
+        self.at += bytes.len() as u64;
+        self.run.extend_from_slice(bytes);
+    }
+
+    /// What there is to write, once it is long enough, or the last.
+    fn take(&mut self, last: bool) -> Option<(u64, Vec<u8>)> {
+        let due = self.run.len() >= RUN || (last && !self.run.is_empty());
+        due.then(|| (self.at - self.run.len() as u64, std::mem::take(&mut self.run)))
     }
 }
 
 struct Current<'a> {
     tensor: Tensor<'a>,
     start: u64,
-    values_at: u64,
-    bitmap: Stream,
-    bitmap_len: u64,
-    values: Stream,
-    values_len: u64,
+    bitmap: Growing,
+    values: Growing,
     escapes: Spool,
     wide_at: Spool,
     wide_lo: Spool,
@@ -153,11 +178,11 @@ impl<'a> Assembly<'a> {
         let bitmap_len = if dense { 0 } else { tensor.row.elements.div_ceil(64) * 8 };
         self.current = Some(Current {
             start,
-            values_at: start + bitmap_len,
-            bitmap: Stream::new(algorithm, 1),
-            bitmap_len: 0,
-            values: Stream::new(algorithm, tensor.codec.value_size(tensor.double) as usize),
-            values_len: 0,
+            bitmap: Growing::new(Stream::new(algorithm, 1), start),
+            values: Growing::new(
+                Stream::new(algorithm, tensor.codec.value_size(tensor.double) as usize),
+                start + bitmap_len,
+            ),
             escapes: Spool::new(folder),
             wide_at: Spool::new(folder),
             wide_lo: Spool::new(folder),
@@ -172,24 +197,17 @@ impl<'a> Assembly<'a> {
         Ok(())
     }
 
-    /// Takes in the next tile of the tensor, and says what of it is still to be written.
+    /// Takes in the next tile of the tensor, and says what is now to be written.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn add(&mut self, tile: &Packed) -> Result<Option<Pending>> {
+    pub fn add(&mut self, tile: &Packed, last: bool) -> Result<Option<Pending>> {
         let folder = self.folder;
         let (Some(c), Some(shard)) = (self.current.as_mut(), self.open.as_ref()) else {
             return Err(Error::Usage("a tile without a tensor".into()));
         };
-        let pending = Pending {
-            writer: shard.writer.clone(),
-            bitmap: c.start + c.bitmap_len,
-            values: c.values_at + c.values_len,
-        };
-        c.bitmap.update(&tile.bitmap);
-        c.values.update(&tile.values);
-        c.bitmap_len += tile.bitmap.len() as u64;
-        c.values_len += tile.values.len() as u64;
+        c.bitmap.push(&tile.bitmap);
+        c.values.push(&tile.values);
         c.escapes.push(&tile.escapes, folder)?;
         c.wide_at.push(&tile.wide_at, folder)?;
         c.wide_lo.push(&tile.wide_lo, folder)?;
@@ -203,15 +221,19 @@ impl<'a> Assembly<'a> {
         c.tensor.row.moved += tile.moved;
         c.tensor.row.inexact += tile.inexact;
         c.long |= tile.long;
+        let runs: Vec<_> = [&mut c.bitmap, &mut c.values].into_iter().filter_map(|part| part.take(last)).collect();
+        let pending = Pending { writer: shard.writer.clone(), runs };
         // At once: the values of a dense tensor, which are read again when it ends, and what may turn out to be a zero tensor, whose
         // place the next one takes.
-        let at_once =
-            matches!(c.tensor.codec, Codec::Dense) || (c.tensor.row.moved == 0 && c.wide_starts.last() == Some(&0));
-        let later = if at_once {
-            pending.write(tile)?;
-            None
-        } else {
-            Some(pending)
+        let dense = matches!(c.tensor.codec, Codec::Dense);
+        let zero = c.tensor.row.moved == 0 && c.wide_starts.last() == Some(&0);
+        let later = match (dense || zero, zero && last) {
+            (_, true) => None,
+            (true, false) => {
+                pending.write()?;
+                None
+            }
+            (false, false) => Some(pending),
         };
         // Not `>` alone: a NaN that was let through must show.
         if tile.max > c.max || tile.max.is_nan() {
@@ -257,9 +279,9 @@ impl<'a> Assembly<'a> {
         if let Codec::Dense = codec {
             row.encoding = Encoding::Dense;
             let (dtype, digest) = if double {
-                (Dtype::F64, c.values.finish())
+                (Dtype::F64, c.values.digest.finish())
             } else if c.long {
-                (Dtype::F32, c.values.finish())
+                (Dtype::F32, c.values.digest.finish())
             } else {
                 (Dtype::BF16, narrow_in_place(&shard.writer, start, row.elements, algorithm)?)
             };
@@ -276,12 +298,13 @@ impl<'a> Assembly<'a> {
             row.rank = factors.get(1).map(rank);
         } else {
             row.encoding = Encoding::Sparse;
-            put(shard, "bitmap", Dtype::U8, vec![c.bitmap_len], c.bitmap.finish());
+            put(shard, "bitmap", Dtype::U8, vec![c.bitmap.at - start], c.bitmap.digest.finish());
             let size = codec.value_size(double);
-            let padded = c.values_len.next_multiple_of(8);
-            let padding = vec![0u8; (padded - c.values_len) as usize];
-            shard.writer.write_at(&padding, c.values_at + c.values_len)?;
-            let mut values = c.values;
+            let length = c.values.at - shard.at;
+            let padded = length.next_multiple_of(8);
+            let padding = vec![0u8; (padded - length) as usize];
+            shard.writer.write_at(&padding, c.values.at)?;
+            let mut values = c.values.digest;
             values.update(&padding);
             let dtype = match codec {
                 Codec::Palette(_) => Dtype::U8,

@@ -191,13 +191,13 @@ impl Packed {
         let moved = &picked[..count];
         match codec {
             Codec::Dense | Codec::LowRank => return,
-            Codec::Palette(palette) => put(&mut self.values, moved, |v| {
+            Codec::Palette(palette) => self.values.extend(moved.iter().map(|&v| {
                 let code = palette.code(single(v));
                 if code == ESCAPE_CODE {
                     self.escapes.extend_from_slice(&single(v).to_le_bytes());
                 }
-                [code]
-            }),
+                code
+            })),
             Codec::Bf16 => put(&mut self.values, moved, |v| {
                 let short = short_bits(single(v));
                 if short.is_none() {

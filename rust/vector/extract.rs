@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use super::assembly::{Assembly, Tensor};
+use super::assembly::{Assembly, RUN, Tensor};
 use super::encode::{Choice, Codec, Packed, SAMPLE, Sample};
 use super::format::{CONFIG, Encoding, Row, VERSION};
 use super::lowrank;
@@ -200,7 +200,8 @@ pub fn extract(plan: &ExtractPlan, operands: Operands<'_>, control: &Control) ->
         jobs.iter().map(|j| j.name.as_str()),
     );
     let per_block = jobs.iter().map(block_memory).max().unwrap_or(1);
-    let fixed = (MICRO * 24) as u64 + (1 << 16) * 5;
+    // Scratch, the sample, and of bitmap and values what grows and what is being written.
+    let fixed = (MICRO * 28) as u64 + (1 << 16) * 5 + 4 * RUN as u64;
     let budget = Budget::share(plan.settings.memory_budget, plan.settings.threads(), fixed, per_block);
     let run = Run {
         plan,
@@ -312,14 +313,14 @@ impl<'a> Run<'a> {
             if tile.elements.start == 0 {
                 assembly.begin(Tensor { row: job.row(), codec, double: job.double, factors: job.parts() })?;
             }
-            let pending = assembly.add(packed)?;
+            let pending = assembly.add(packed, last)?;
             if last {
                 assembly.end()?;
             }
             Ok(pending)
         })?;
         if let Some(pending) = pending {
-            pending.write(packed)?;
+            pending.write()?;
         }
         if job.elements > 0 {
             let share = job.bytes() as u128 * (tile.elements.end - tile.elements.start) as u128 / job.elements as u128;
