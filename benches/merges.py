@@ -48,7 +48,7 @@ class Method:
     models: str
     parameters: str = ""
     base: bool = True
-    bar: float = 8.0
+    bar: float | None = 8.0
     aim: float | None = None
 
 
@@ -57,7 +57,7 @@ _DENSE = "weight: 0.5, density: 0.5"
 METHODS = {
     method.name: method
     for method in (
-        Method("task_arithmetic", _BOTH),
+        Method("task_arithmetic", _BOTH, bar=None),
         Method("ties", _DENSE, bar=50.0, aim=100.0),
         Method("slerp", "", "t: 0.3"),
         Method("model_stock", ""),

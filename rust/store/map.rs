@@ -12,6 +12,7 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 #[cfg(target_os = "linux")]
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -30,9 +31,16 @@ pub struct FileMap {
     ask: AtomicU64,
 }
 
-/// Buffers that windows borrow where there is no mapping; one pool a worker.
+/// Buffers that windows borrow where there is no mapping; one pool a worker. Two windows over the same bytes share one: a base that several
+/// differences take from is read once.
 #[derive(Debug, Default)]
-pub struct Pool(RefCell<Vec<Vec<u8>>>);
+pub struct Pool {
+    free: RefCell<Vec<Vec<u8>>>,
+    open: RefCell<Vec<(Place, Arc<Vec<u8>>)>>,
+}
+
+/// A file, by where its [`FileMap`] is as long as windows borrow it, and a range of it.
+type Place = (usize, Range<u64>);
 
 /// What a read that had to wait for the disk makes worth asking for.
 #[cfg(target_os = "linux")]
@@ -51,7 +59,7 @@ enum Held<'a> {
         start: u64,
     },
     Read {
-        bytes: Vec<u8>,
+        bytes: Arc<Vec<u8>>,
         pool: &'a Pool,
     },
 }
@@ -168,8 +176,15 @@ impl FileMap {
             let bytes = &map[start..start + len];
             return Ok(Window(Held::Mapped { bytes, owner: self, start: range.start }));
         }
-        let mut bytes = pool.take((range.end - range.start) as usize);
-        self.read_at(&mut bytes, range.start)?;
+        let place = (std::ptr::from_ref(self).addr(), range);
+        let bytes = match pool.shared(&place) {
+            Some(bytes) => bytes,
+            None => {
+                let mut bytes = pool.take((place.1.end - place.1.start) as usize);
+                self.read_at(&mut bytes, place.1.start)?;
+                pool.share(place, bytes)
+            }
+        };
         Ok(Window(Held::Read { bytes, pool }))
     }
 
@@ -244,9 +259,31 @@ fn read_exact_at(file: &File, mut into: &mut [u8], mut offset: u64) -> std::io::
 
 impl Pool {
     fn take(&self, len: usize) -> Vec<u8> {
-        let mut bytes = self.0.borrow_mut().pop().unwrap_or_default();
+        let mut bytes = self.free.borrow_mut().pop().unwrap_or_default();
         bytes.resize(len, 0);
         bytes
+    }
+
+    /// The bytes of an open window.
+    fn shared(&self, place: &Place) -> Option<Arc<Vec<u8>>> {
+        self.open.borrow().iter().find(|(open, _)| open == place).map(|(_, bytes)| bytes.clone())
+    }
+
+    fn share(&self, place: Place, bytes: Vec<u8>) -> Arc<Vec<u8>> {
+        let bytes = Arc::new(bytes);
+        self.open.borrow_mut().push((place, bytes.clone()));
+        bytes
+    }
+
+    /// Takes back the bytes of a window, once no other one is over them.
+    fn give(&self, bytes: &mut Arc<Vec<u8>>) {
+        if Arc::strong_count(bytes) > 2 {
+            return;
+        }
+        self.open.borrow_mut().retain(|(_, open)| !Arc::ptr_eq(open, bytes));
+        if let Some(bytes) = Arc::get_mut(bytes) {
+            self.free.borrow_mut().push(std::mem::take(bytes));
+        }
     }
 }
 
@@ -266,7 +303,7 @@ impl Drop for Window<'_> {
         match &mut self.0 {
             #[cfg(target_os = "linux")]
             Held::Mapped { bytes, owner, start } => owner.release(*start, bytes.len()),
-            Held::Read { bytes, pool } => pool.0.borrow_mut().push(std::mem::take(bytes)),
+            Held::Read { bytes, pool } => pool.give(bytes),
         }
     }
 }
@@ -292,6 +329,23 @@ impl FileMap {
 mod tests {
     use super::*;
     use std::io::Write;
+
+    #[test]
+    fn windows_over_the_same_bytes_are_one() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&[7u8; 4096]).unwrap();
+        let map = FileMap::open(file.path()).unwrap();
+        let pool = Pool::default();
+        let (a, b) = (map.window(0..64, &pool).unwrap(), map.window(0..64, &pool).unwrap());
+        let other = map.window(0..65, &pool).unwrap();
+        assert_eq!(a.as_ptr(), b.as_ptr());
+        assert_ne!(a.as_ptr(), other.as_ptr());
+        drop(a);
+        assert!(b.iter().all(|&b| b == 7));
+        drop((b, other));
+        assert!(pool.open.borrow().is_empty());
+        assert_eq!(pool.free.borrow().len(), 2);
+    }
 
     #[test]
     fn a_truncated_file_is_an_error_and_not_a_signal() {
