@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Unpack
 
@@ -110,13 +111,14 @@ def _found(name: str, found: tuple[Tensor, Tensor, Tensor, str]) -> Svd:
     )
 
 
-class Decomposable:
+class Decomposable(ABC):
     """An expression whose matrices have singular values: a vector, a checkpoint, a point."""
 
     __slots__ = ()
 
+    @abstractmethod
     def _matrices(self) -> Matrices:
-        raise NotImplementedError
+        """Its matrices, by name, and what they are made of."""
 
     def svd(
         self,

@@ -8,7 +8,8 @@ use std::sync::{Mutex, PoisonError};
 use super::dense::{
     add_lower, add_product, cholesky, cross, invert_triangle, orthonormalise, pack, packed, share, transpose,
 };
-use super::eigen::{symmetric, symmetric_until};
+use super::eigen::symmetric_until;
+use super::whole;
 use crate::philox::Philox;
 use crate::simd::{Level, dispatch};
 use crate::stream::Control;
@@ -175,7 +176,7 @@ pub(super) fn smallest(
 ) -> Result<(Vec<f64>, usize)> {
     let r = r.max(1);
     let b = wider(r);
-    let whole = |a: &[f64]| {
+    let everything = |a: &[f64]| {
         let (_, vectors) = symmetric_until(a, n, &|| control.cancelled()).ok_or(Error::Cancelled)?;
         let b = b.min(n);
         let mut columns = vec![0.0; n * b];
@@ -183,7 +184,7 @@ pub(super) fn smallest(
         Ok((columns, b))
     };
     if memory(n, r).1 {
-        return whole(a);
+        return everything(a);
     }
     let trace: f64 = (0..n).map(|i| a[i * n + i]).sum();
     // Far enough below zero that rounding makes no pivot negative, and no eigenvalue of the inverse so large that it blurs the others.
@@ -198,7 +199,7 @@ pub(super) fn smallest(
         }
         shift *= 16.0;
     }
-    let Some(mut factor) = factor else { return whole(a) };
+    let Some(mut factor) = factor else { return everything(a) };
     // The angle after the last cycle, and what a block takes from its logarithm.
     let (mut last, mut pace) = (1.0, -0.1);
     for cycle in 0..CYCLES {
@@ -236,7 +237,7 @@ pub(super) fn smallest(
             }
         }
     }
-    whole(a)
+    everything(a)
 }
 
 /// One cycle of block Lanczos with full orthogonalisation: the space of `length` blocks of `b`, and of it the `b` vectors of the largest eigenvalues.
@@ -277,7 +278,7 @@ fn iterate(
         block = solved.clone();
         w.push(solved);
     }
-    let (mut values, vectors) = symmetric(&t, k);
+    let (mut values, vectors) = whole::symmetric(level, threads, t, k);
     values.truncate(b);
     let mut x = vec![0.0; k * b];
     transpose(&vectors[..b * k], &mut x, b, k);
