@@ -416,7 +416,9 @@ def test_progress_goes_forward_over_all_matrices(tmp_path: Path) -> None:
 def test_an_interrupt_stops_a_long_decomposition(tmp_path: Path, what: str) -> None:
     pair(tmp_path, 2400, 2400, 4, 1e-4)
     code = (
-        "import reasonvec as rv, sys\n"
+        "import reasonvec as rv, signal, sys\n"
+        # Whoever starts the tests in the background may have them ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "vector = rv.open(sys.argv[1] + '/p') - rv.open(sys.argv[1] + '/n')\n"
         "print('ready', flush=True)\n"
         f"vector.{what}"
