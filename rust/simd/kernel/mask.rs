@@ -1,0 +1,303 @@
+//! Which differences are kept: bands of magnitude, signs, counts, and the sums over what stays.
+
+use super::{LANES, elements};
+use crate::bf16::{Element, Work};
+
+/// `x = x - base`; the largest magnitude of the result.
+#[inline(always)]
+pub fn less<W: Work>(x: &mut [W], base: &[W]) -> W::Magnitude {
+    let mut largest = W::Magnitude::default();
+    for (x, &b) in x.iter_mut().zip(base) {
+        let d = *x - b;
+        largest = largest.max(d.magnitude());
+        *x = d;
+    }
+    largest
+}
+
+/// `into = x - base` for a pair of one format; the largest magnitude of the result.
+#[inline(always)]
+pub fn apart<E: Element, W: Work>(into: &mut [W], pair: [&[u8]; 2]) -> W::Magnitude {
+    let mut largest = W::Magnitude::default();
+    for ((into, x), b) in into.iter_mut().zip(elements::<E>(pair[0])).zip(elements::<E>(pair[1])) {
+        let d = W::widen(x) - W::widen(b);
+        largest = largest.max(d.magnitude());
+        *into = d;
+    }
+    largest
+}
+
+/// Which magnitudes stay, and what they are multiplied by.
+#[derive(Debug, Clone, Copy)]
+pub struct Band<W: Work> {
+    /// From this.
+    pub floor: W::Magnitude,
+    /// To just below this.
+    pub ceiling: W::Magnitude,
+    /// Times this.
+    pub c: W,
+}
+
+/// `into = c * d` where the magnitude of `d = x - base` is in the band, else zero; `sum = sum + into`, from zero when `first`. The largest
+/// magnitude of `d`.
+#[inline(always)]
+pub fn keep_apart<E: Element, W: Work>(
+    into: &mut [W],
+    sum: &mut [W],
+    pair: [&[u8]; 2],
+    band: Band<W>,
+    first: bool,
+) -> W::Magnitude {
+    let Band { floor, ceiling, c } = band;
+    let mut largest = W::Magnitude::default();
+    let pairs = elements::<E>(pair[0]).zip(elements::<E>(pair[1]));
+    for ((into, sum), (x, b)) in into.iter_mut().zip(sum).zip(pairs) {
+        let d = W::widen(x) - W::widen(b);
+        let key = d.magnitude();
+        largest = largest.max(key);
+        let kept = if (key >= floor) & (key < ceiling) { c * d } else { W::ZERO };
+        *into = kept;
+        *sum = if first { W::ZERO } else { *sum } + kept;
+    }
+    largest
+}
+
+/// How many magnitudes of `x - base` equal `key`, for a pair of one format.
+#[inline(always)]
+pub fn count_equal_apart<E: Element, W: Work>(pair: [&[u8]; 2], key: W::Magnitude) -> u64 {
+    let mut equal = 0u32;
+    for (x, b) in elements::<E>(pair[0]).zip(elements::<E>(pair[1])) {
+        equal += u32::from((W::widen(x) - W::widen(b)).magnitude() == key);
+    }
+    u64::from(equal)
+}
+
+/// Sets a bit for every element whose magnitude is from `lo` to `hi`; how many are above.
+#[inline(always)]
+pub fn sift<W: Work>(bits: &mut [u64], x: &[W], lo: W::Magnitude, hi: W::Magnitude) -> u64 {
+    let mut above = 0u32;
+    for x in x {
+        above += u32::from(x.magnitude() > hi);
+    }
+    for (word, x) in bits.iter_mut().zip(x.chunks(64)) {
+        *word = 0;
+        if let Some(x) = x.first_chunk::<64>() {
+            let mut found = 0u64;
+            for (j, x) in x.iter().enumerate() {
+                let key = x.magnitude();
+                found |= u64::from((key >= lo) & (key <= hi)) << j;
+            }
+            *word = found;
+        } else {
+            for (j, x) in x.iter().enumerate() {
+                let key = x.magnitude();
+                *word |= u64::from((key >= lo) & (key <= hi)) << j;
+            }
+        }
+    }
+    u64::from(above)
+}
+
+/// How many magnitudes equal `key`.
+#[inline(always)]
+pub fn count_equal<W: Work>(x: &[W], key: W::Magnitude) -> u64 {
+    let mut equal = 0u32;
+    for x in x {
+        equal += u32::from(x.magnitude() == key);
+    }
+    u64::from(equal)
+}
+
+/// Keeps what has a magnitude from `floor` to just below `ceiling`; the rest becomes zero.
+#[inline(always)]
+pub fn trim<W: Work>(x: &mut [W], floor: W::Magnitude, ceiling: W::Magnitude) {
+    for x in x {
+        let key = x.magnitude();
+        *x = if (key >= floor) & (key < ceiling) { *x } else { W::ZERO };
+    }
+}
+
+/// `x = c * x` where the magnitude is in the band, else zero; and `sum = sum + x`, from zero when `first`.
+#[inline(always)]
+pub fn keep_scaled<W: Work>(x: &mut [W], sum: &mut [W], band: Band<W>, first: bool) {
+    let Band { floor, ceiling, c } = band;
+    for (x, sum) in x.iter_mut().zip(sum) {
+        let key = x.magnitude();
+        let kept = if (key >= floor) & (key < ceiling) { c * *x } else { W::ZERO };
+        *x = kept;
+        *sum = if first { W::ZERO } else { *sum } + kept;
+    }
+}
+
+/// Where `x` has the sign of `sign` (zero counts as positive there, and as neither in `x`): `acc = acc + x` and `share = share + w`, both from
+/// zero when `first`.
+#[inline(always)]
+pub fn add_agreeing<W: Work>(acc: &mut [W], share: &mut [W], x: &[W], sign: &[W], w: W, first: bool) {
+    for (((acc, share), &x), &sign) in acc.iter_mut().zip(share).zip(x).zip(sign) {
+        let positive = (x > W::ZERO) & (sign >= W::ZERO);
+        let negative = (x < W::ZERO) & (sign < W::ZERO);
+        let agrees = positive | negative;
+        *acc = if first { W::ZERO } else { *acc } + if agrees { x } else { W::ZERO };
+        *share = if first { W::ZERO } else { *share } + if agrees { w } else { W::ZERO };
+    }
+}
+
+/// `acc = c * (acc / share)`, but `c * acc` where the magnitude of `share` is below `least`.
+#[inline(always)]
+pub fn divide<W: Work>(acc: &mut [W], share: &[W], least: W, c: W) {
+    for (acc, &share) in acc.iter_mut().zip(share) {
+        let by = if share.abs() < least { W::from_f64(1.0) } else { share };
+        *acc = c * (*acc / by);
+    }
+}
+
+/// `into = |x|`.
+#[inline(always)]
+pub fn absolute<W: Work>(into: &mut [W], x: &[W]) {
+    for (into, x) in into.iter_mut().zip(x) {
+        *into = x.abs();
+    }
+}
+
+/// `x = exp(x - m)`, for `m` not below any `x`: `x - m = k ln 2 + r`, the series of `exp r`, and `k` into the exponent. What would be subnormal is zero.
+#[inline(always)]
+pub fn exp_less(x: &mut [f64], m: f64) {
+    const SERIES: [f64; 14] = [
+        1.0 / 6_227_020_800.0,
+        1.0 / 479_001_600.0,
+        1.0 / 39_916_800.0,
+        1.0 / 3_628_800.0,
+        1.0 / 362_880.0,
+        1.0 / 40_320.0,
+        1.0 / 5_040.0,
+        1.0 / 720.0,
+        1.0 / 120.0,
+        1.0 / 24.0,
+        1.0 / 6.0,
+        1.0 / 2.0,
+        1.0,
+        1.0,
+    ];
+    for x in x {
+        let y = *x - m;
+        let k = (y * std::f64::consts::LOG2_E + 0.5).floor();
+        let r = (y - k * 0.693_147_180_369_123_8) - k * 1.908_214_929_270_587_7e-10;
+        let mut p = SERIES[0];
+        for c in &SERIES[1..] {
+            p = p * r + c;
+        }
+        // A number from 2^52 on has its integer in its lowest bits.
+        let biased = (if k > -1022.0 { k } else { -1022.0 }) + 1023.0 + 4_503_599_627_370_496.0;
+        let power = f64::from_bits(biased.to_bits() << 52);
+        *x = if k < -1021.0 { 0.0 } else { p * power };
+    }
+}
+
+/// `into = (x_1 - mean)^2 + (x_2 - mean)^2 + ...` with `mean = (x_1 + x_2 + ...) / n`, for the elements of some inputs from `at` on.
+#[inline(always)]
+pub fn spread<W: Work>(into: &mut [W], inputs: &[Vec<W>], at: usize) {
+    let n = W::from_f64(inputs.len() as f64);
+    let (whole, rest) = into.as_chunks_mut::<LANES>();
+    let last = at + whole.len() * LANES;
+    for (g, into) in whole.iter_mut().enumerate() {
+        let from = at + g * LANES;
+        let (mut mean, mut sum) = ([W::ZERO; LANES], [W::ZERO; LANES]);
+        for x in inputs {
+            let x = &x[from..from + LANES];
+            for j in 0..LANES {
+                mean[j] = mean[j] + x[j];
+            }
+        }
+        for mean in &mut mean {
+            *mean = *mean / n;
+        }
+        for x in inputs {
+            let x = &x[from..from + LANES];
+            for j in 0..LANES {
+                let off = x[j] - mean[j];
+                sum[j] = sum[j] + off * off;
+            }
+        }
+        *into = sum;
+    }
+    for (i, into) in rest.iter_mut().enumerate() {
+        let mean = inputs.iter().fold(W::ZERO, |sum, x| sum + x[last + i]) / n;
+        let square = |x: &Vec<W>| (x[last + i] - mean) * (x[last + i] - mean);
+        *into = inputs.iter().fold(W::ZERO, |sum, x| sum + square(x));
+    }
+}
+
+/// Counts, element by element, whose magnitude is above a bound.
+#[inline(always)]
+pub fn count_moved<W: Work>(count: &mut [W], x: &[W], bound: W) {
+    for (count, &x) in count.iter_mut().zip(x) {
+        *count = *count + if x.abs() > bound { W::from_f64(1.0) } else { W::ZERO };
+    }
+}
+
+/// Of the elements above a bound: those that nobody else moved, and those that others moved too.
+#[inline(always)]
+pub fn count_alone<W: Work>(count: &[W], x: &[W], bound: W) -> (u64, u64) {
+    let one = W::from_f64(1.0);
+    let (mut alone, mut shared) = (0u32, 0u32);
+    for (&count, &x) in count.iter().zip(x) {
+        let moved = x.abs() > bound;
+        alone += u32::from(moved & (count == one));
+        shared += u32::from(moved & (count != one));
+    }
+    (u64::from(alone), u64::from(shared))
+}
+
+/// `acc = acc + x` where `x` is above a bound, enlarged where nobody else moved.
+#[inline(always)]
+pub fn add_moved<W: Work>(acc: &mut [W], x: &[W], count: &[W], bound: W, factor: W) {
+    let one = W::from_f64(1.0);
+    for ((acc, &x), &count) in acc.iter_mut().zip(x).zip(count) {
+        let scale = if count == one { factor } else { one };
+        *acc = if x.abs() > bound { *acc + scale * x } else { *acc };
+    }
+}
+
+/// `acc = acc / max(count, 1)`.
+#[inline(always)]
+pub fn divide_by_count<W: Work>(acc: &mut [W], count: &[W]) {
+    let one = W::from_f64(1.0);
+    for (acc, &count) in acc.iter_mut().zip(count) {
+        *acc = *acc / if count > one { count } else { one };
+    }
+}
+
+/// Keeps what has the sign of `sign`, zero counting as positive there; the rest becomes zero.
+#[inline(always)]
+pub fn keep_agreeing<W: Work>(x: &mut [W], sign: &[W]) {
+    for (x, &sign) in x.iter_mut().zip(sign) {
+        let agrees = if sign >= W::ZERO { *x > W::ZERO } else { *x < W::ZERO };
+        *x = if agrees { *x } else { W::ZERO };
+    }
+}
+
+/// Keeps `x` where `other` has a magnitude of at least `floor`; the rest becomes zero.
+#[inline(always)]
+pub fn keep_where<W: Work>(x: &mut [W], other: &[W], floor: W::Magnitude) {
+    for (x, other) in x.iter_mut().zip(other) {
+        *x = if other.magnitude() >= floor { *x } else { W::ZERO };
+    }
+}
+
+/// `u = b` where `|b - a| <= t`, else `a + t` or `a - t`, towards `b`.
+#[inline(always)]
+pub fn nearer<W: Work>(u: &mut [W], a: &[W], b: &[W], t: W) {
+    for ((u, &a), &b) in u.iter_mut().zip(a).zip(b) {
+        let d = b - a;
+        let step = if d < W::ZERO { W::ZERO - t } else { t };
+        *u = if d.abs() <= t { b } else { a + step };
+    }
+}
+
+/// `into = |x| * c`: the product in f64, rounded once.
+#[inline(always)]
+pub fn weigh<W: Work>(into: &mut [W], x: &[W], c: f64) {
+    for (into, x) in into.iter_mut().zip(x) {
+        *into = W::from_f64(x.abs().to_f64() * c);
+    }
+}

@@ -1,0 +1,143 @@
+//! Sums and extremes: norms, products, the rounding report.
+
+use super::{GROUP, LANES, elements, filled};
+use crate::bf16::{Element, Work};
+
+/// How the realised change of a tensor compares with the intended one (design section 3.4).
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Rounding {
+    /// Sum of `u * u`, with `u` the intended update.
+    pub intended: f64,
+    /// Sum of `r * r`, with `r` the difference of output and target.
+    pub realised: f64,
+    /// Sum of `u * r`.
+    pub dot: f64,
+    /// Elements with `u != 0`.
+    pub updated: u64,
+    /// Of those, the ones whose output equals the target.
+    pub lost: u64,
+}
+
+impl Rounding {
+    /// Adds the sums of what follows.
+    pub fn join(&mut self, next: &Self) {
+        self.intended += next.intended;
+        self.realised += next.realised;
+        self.dot += next.dot;
+        self.updated += next.updated;
+        self.lost += next.lost;
+    }
+}
+
+/// Adds the products of a group to the lanes.
+#[inline(always)]
+fn add_products<W: Work>(lanes: &mut [f64; LANES], a: &[W; GROUP], b: &[W; GROUP]) {
+    let mut fours = [W::ZERO; LANES];
+    for j in 0..LANES {
+        let first = a[j] * b[j] + a[j + LANES] * b[j + LANES];
+        let second = a[j + 2 * LANES] * b[j + 2 * LANES] + a[j + 3 * LANES] * b[j + 3 * LANES];
+        fours[j] = first + second;
+    }
+    for j in 0..LANES {
+        lanes[j] += fours[j].to_f64();
+    }
+}
+
+/// How many updates there are, and how many of them changed nothing.
+#[inline(always)]
+pub fn count_lost<W: Work>(u: &[W], r: &[W]) -> (u64, u64) {
+    let (mut updated, mut lost) = (0u32, 0u32);
+    for (&u, &r) in u.iter().zip(r) {
+        let moves = u != W::ZERO;
+        updated += u32::from(moves);
+        lost += u32::from(moves & (r == W::ZERO));
+    }
+    (u64::from(updated), u64::from(lost))
+}
+
+/// `r = out - t`: what became of the target, which is widened already.
+#[inline(always)]
+pub fn change<O: Element, W: Work>(r: &mut [W], out: &[u8], t: &[W]) {
+    for ((r, o), &t) in r.iter_mut().zip(elements::<O>(out)).zip(t) {
+        *r = W::widen(o) - t;
+    }
+}
+
+/// Sum of `a * b` over at most MICRO elements. Of every [`GROUP`] of 64, lane `j` of [`LANES`] adds up the products at `j`, `j + 16`,
+/// `j + 32` and `j + 48` in the work type, and takes the four together into its f64 sum; in the end the lanes join pairwise.
+#[inline(always)]
+pub fn dot<W: Work>(a: &[W], b: &[W]) -> f64 {
+    let mut lanes = [0.0; LANES];
+    let (whole, rest) = a.as_chunks::<GROUP>();
+    let (whole_b, rest_b) = b.as_chunks::<GROUP>();
+    for (a, b) in whole.iter().zip(whole_b) {
+        add_products(&mut lanes, a, b);
+    }
+    if !rest.is_empty() {
+        add_products(&mut lanes, &filled(rest), &filled(rest_b));
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// How many positions both moved, and how many of those in the same direction.
+#[inline(always)]
+pub fn agreement<W: Work>(a: &[W], b: &[W]) -> (u64, u64) {
+    let mut both = 0u32;
+    let mut agree = 0u32;
+    for (&a, &b) in a.iter().zip(b) {
+        let moved = (a != W::ZERO) & (b != W::ZERO);
+        both += u32::from(moved);
+        agree += u32::from(moved & ((a > W::ZERO) == (b > W::ZERO)));
+    }
+    (u64::from(both), u64::from(agree))
+}
+
+/// The largest magnitude.
+#[inline(always)]
+pub fn largest<W: Work>(x: &[W]) -> W::Magnitude {
+    x.iter().fold(W::Magnitude::default(), |largest, x| largest.max(x.magnitude()))
+}
+
+/// `into = y - x`.
+#[inline(always)]
+pub fn minus(into: &mut [f64], y: &[f64], x: &[f64]) {
+    for ((into, &y), &x) in into.iter_mut().zip(y).zip(x) {
+        *into = y - x;
+    }
+}
+
+/// The largest number; what is not a number does not count.
+#[inline(always)]
+pub fn highest(x: &[f64]) -> f64 {
+    let mut lanes = [f64::NEG_INFINITY; LANES];
+    let (whole, rest) = x.as_chunks::<LANES>();
+    for x in whole {
+        for j in 0..LANES {
+            lanes[j] = if x[j] > lanes[j] { x[j] } else { lanes[j] };
+        }
+    }
+    lanes.iter().chain(rest).fold(f64::NEG_INFINITY, |m, &x| if x > m { x } else { m })
+}
+
+/// Widens to f64.
+#[inline(always)]
+pub fn double<W: Work>(into: &mut [f64], x: &[W]) {
+    for (into, x) in into.iter_mut().zip(x) {
+        *into = x.to_f64();
+    }
+}
+
+/// `sums = sums + a * b`: the product in the work type, the sum in f64.
+#[inline(always)]
+pub fn add_products_each<W: Work>(sums: &mut [f64], a: &[W], b: &[W]) {
+    for ((sum, &a), &b) in sums.iter_mut().zip(a).zip(b) {
+        *sum += (a * b).to_f64();
+    }
+}
