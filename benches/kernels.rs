@@ -64,6 +64,9 @@ fn encode<E: Element>(c: &mut Criterion, format: &str) {
         let name = level.name();
         group::<E>(c, "extent", format, 1)
             .bench_function(name, |b| b.iter(|| dispatch::extent(level, &mut bits, black_box(&u)).moved));
+        group::<E>(c, "moves", format, 2).bench_function(name, |b| {
+            b.iter(|| dispatch::moves::<E, f32>(level, &mut u, &mut bits, black_box(&p), &n))
+        });
         group::<E>(c, "rebuilds", format, 2)
             .bench_function(name, |b| b.iter(|| dispatch::rebuilds::<E, f32>(level, black_box(&p), &n, &u)));
     }

@@ -309,6 +309,9 @@ impl Term {
     }
 }
 
+/// Elements as they lie in a file, and their format.
+pub type Typed<'a> = (Dtype, &'a [u8]);
+
 /// A term, opened on a tile.
 #[derive(Debug)]
 pub struct Reader<'a, W> {
@@ -374,7 +377,7 @@ impl<W: Work> Reader<'_, W> {
     }
 
     /// The format and the bytes of some elements, where the term is one tensor as it is.
-    pub fn plain(&self, elements: &Range<u64>) -> Option<(Dtype, &[u8])> {
+    pub fn plain(&self, elements: &Range<u64>) -> Option<Typed<'_>> {
         match &self.kind {
             Kind::Straight(Straight::Tensor { window, dtype, from }) => {
                 Some((*dtype, &window[part(window, *dtype, *from, elements)]))
@@ -398,6 +401,13 @@ impl<W: Work> Reader<'_, W> {
             Kind::Segments(segments, pool) => segment_corrections(segments, pool, block, self.exact_coefficient, into),
             _ => Ok(()),
         }
+    }
+
+    /// Some elements of both donors, where the term is the difference of two tensors.
+    pub fn donors(&self, elements: &Range<u64>) -> Option<[Typed<'_>; 2]> {
+        let Kind::Straight(Straight::Difference { positive, negative, dtypes, from }) = &self.kind else { return None };
+        let [p, n] = [(positive, dtypes[0]), (negative, dtypes[1])];
+        Some([p, n].map(|(window, dtype)| (dtype, &window[part(window, dtype, *from, elements)])))
     }
 
     /// The bytes of the tensors that it reads element for element, in the order of [`Source::tensors`].

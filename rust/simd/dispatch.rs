@@ -1,7 +1,7 @@
 //! Stamps each body of [`super::kernel`] for every instruction set and calls the one of a [`Level`].
 
 use super::kernel;
-pub use super::kernel::{Band, Draw, Extent, MICRO, PanelOf, Rounding, TURNED};
+pub use super::kernel::{Band, Draw, Extent, MICRO, Moves, PanelOf, Rounding, TURNED};
 use super::level::{Level, Set};
 use crate::bf16::{Element, Work};
 use crate::philox::Philox;
@@ -107,6 +107,18 @@ stamp!(
 stamp!(
     /// [`kernel::extent`] at a level.
     extent [W: Work] (bits: &mut [u8], x: &[W]) -> Extent<W>
+);
+stamp!(
+    /// [`kernel::extreme`] at a level.
+    extreme [W: Work] (x: &[W]) -> (W, bool)
+);
+stamp!(
+    /// [`kernel::flag`] at a level.
+    flag [W: Work] (bits: &mut [u8], x: &[W]) -> u64
+);
+stamp!(
+    /// [`kernel::moves`] at a level.
+    moves [E: Element, W: Work] (u: &mut [W], bits: &mut [u8], p: &[u8], n: &[u8]) -> Moves
 );
 stamp!(
     /// [`kernel::rebuilds`] at a level.

@@ -1,8 +1,6 @@
 //! Choosing an encoding, and turning a block of differences into it.
 
 use crate::bf16::Work;
-use crate::simd::Level;
-use crate::simd::dispatch::{self, MICRO};
 
 use super::sparse::{ESCAPE_BF16, ESCAPE_CODE};
 
@@ -121,7 +119,9 @@ impl Palette {
     #[inline(always)]
     fn code(&self, v: f32) -> u8 {
         let bits = v.to_bits();
-        if bits & 0xFFFF == 0 { self.codes[(bits >> 16) as usize] } else { ESCAPE_CODE }
+        // Not a branch: ESCAPE_CODE has all bits set.
+        let long = u8::from(bits & 0xFFFF != 0).wrapping_neg();
+        self.codes[(bits >> 16) as usize] | long
     }
 
     /// The 255 most frequent values; among equals the smaller bits.
@@ -180,39 +180,39 @@ impl Packed {
         (self.moved, self.max, self.max_at, self.inexact, self.long) = (0, 0.0, None, 0, false);
     }
 
-    /// Writes the values of at most MICRO differences, and (but for a dense tensor) their bitmap, which is given. `picked` is scratch.
-    pub fn pack<W: Work>(&mut self, level: Level, codec: &Codec, u: &[W], bits: &[u8], picked: &mut Picked<W>) {
+    /// Writes the values of at most MICRO differences, all for a dense tensor and otherwise those that moved, with their bitmap.
+    pub fn pack<W: Work>(&mut self, codec: &Codec, values: &[W], bits: &[u8]) {
         let single = |v: W| v.to_f64() as f32;
-        if let Codec::Dense = codec {
-            self.long |= size_of::<W>() == 4 && !u.iter().all(|&v| v == W::ZERO || short_bits(single(v)).is_some());
-            return put_work(&mut self.values, u);
-        }
-        let count = dispatch::pick(level, picked, bits, u);
-        let moved = &picked[..count];
         match codec {
-            Codec::Dense | Codec::LowRank => return,
-            Codec::Palette(palette) => self.values.extend(moved.iter().map(|&v| {
-                let code = palette.code(single(v));
-                if code == ESCAPE_CODE {
-                    self.escapes.extend_from_slice(&single(v).to_le_bytes());
+            Codec::Dense => {
+                self.long |= size_of::<W>() == 4 && !values.iter().all(|&v| short_bits(single(v)).is_some());
+                return put_work(&mut self.values, values);
+            }
+            Codec::LowRank => return,
+            Codec::Palette(palette) => {
+                let from = self.values.len();
+                put(&mut self.values, values, |v| [palette.code(single(v))]);
+                // Apart, and many at a time, because escapes are few.
+                for (codes, values) in self.values[from..].chunks(32).zip(values.chunks(32)) {
+                    if codes.iter().fold(false, |any, &code| any | (code == ESCAPE_CODE)) {
+                        for (_, &v) in codes.iter().zip(values).filter(|(code, _)| **code == ESCAPE_CODE) {
+                            self.escapes.extend_from_slice(&single(v).to_le_bytes());
+                        }
+                    }
                 }
-                code
-            })),
-            Codec::Bf16 => put(&mut self.values, moved, |v| {
+            }
+            Codec::Bf16 => put(&mut self.values, values, |v| {
                 let short = short_bits(single(v));
                 if short.is_none() {
                     self.escapes.extend_from_slice(&single(v).to_le_bytes());
                 }
                 short.unwrap_or(ESCAPE_BF16).to_le_bytes()
             }),
-            Codec::Plain => put_work(&mut self.values, moved),
+            Codec::Plain => put_work(&mut self.values, values),
         }
         self.bitmap.extend_from_slice(bits);
     }
 }
-
-/// Room for the differences of a MICRO that are not zero, see [`dispatch::pick`].
-pub type Picked<W> = [W; MICRO + 64];
 
 /// Appends what becomes of each value.
 #[inline(always)]

@@ -12,10 +12,10 @@ use super::lowrank;
 use super::wide::correction;
 use crate::bf16::{Element, Work};
 use crate::dtype::Dtype;
-use crate::operand::{Placement, Reader, Source, Substitute, Term, first_nonfinite, gather_corrections};
+use crate::operand::{Placement, Reader, Source, Substitute, Term, Typed, first_nonfinite, gather_corrections};
 use crate::plan::{Operands, Ref, Settings, TermPlan, dtype, elements, noises, scale_noise};
 use crate::simd::Level;
-use crate::simd::dispatch::{self, Extent, MICRO, with_element};
+use crate::simd::dispatch::{self, Extent, MICRO, Moves, with_element};
 use crate::store::map::Pool;
 use crate::store::writer::write_whole;
 use crate::store::{Algorithm, TensorView};
@@ -445,53 +445,53 @@ impl<'a> Run<'a> {
         buffer.resize(buffer.len().max(span as usize), W::ZERO);
         rebuilt.resize(MICRO * E::SIZE, 0);
         let mut bits = [0u8; MICRO / 8];
-        let mut wide_negative = [W::ZERO; MICRO];
         let mut picked = [W::ZERO; MICRO + 64];
+        let sparse = !matches!(codec, Codec::Dense);
+        // Two donors of one format, few of whose elements differ: one walk tells what moved, and the rest is told from that.
+        let one_walk = sparse && job.rebuild && negative_dtype(&job.terms[0]) == Some(job.dtype);
         for (number, block) in tile.blocks() {
             let (mut squares, before) = (0.0, (packed.moved, packed.escapes.len(), packed.wide_at.len()));
             let mut at = block.start;
             while at < block.end {
                 let end = (at + span).min(block.end);
                 let buffer = &mut buffer[..(end - at) as usize];
-                accumulate(&mut readers, level, buffer, at..end)?;
-                for (i, u) in buffer.chunks(MICRO).enumerate() {
+                if !one_walk {
+                    accumulate(&mut readers, level, buffer, at..end)?;
+                }
+                for (i, u) in buffer.chunks_mut(MICRO).enumerate() {
                     let from = at + (i * MICRO) as u64;
+                    let range = from..from + u.len() as u64;
                     let words = &mut bits[..u.len().div_ceil(64) * 8];
-                    let Extent { max, moved, finite, squares: here } = dispatch::extent(level, words, u);
-                    if !finite && !self.plan.allow_nonfinite {
-                        let range = from..from + u.len() as u64;
-                        if let Some(e) = first_nonfinite::<W>(&job.name, &[], &job.terms, level, range, pool)? {
-                            return Err(e);
+                    let donors = if job.rebuild { readers[0].donors(&range) } else { None };
+                    let moves = match donors {
+                        Some([p, n]) if one_walk => dispatch::moves::<E, W>(level, u, words, p.1, n.1),
+                        _ => {
+                            let moved = dispatch::flag(level, words, u);
+                            Moves { moved, squares: dispatch::dot(level, u, u), rebuilds: false }
                         }
+                    };
+                    let kept = if sparse {
+                        let count = dispatch::pick(level, &mut picked, words, u);
+                        &picked[..count]
+                    } else {
+                        &*u
+                    };
+                    let (max, finite) = dispatch::extreme(level, kept);
+                    if !finite
+                        && !self.plan.allow_nonfinite
+                        && let Some(e) = first_nonfinite::<W>(&job.name, &[], &job.terms, level, range, pool)?
+                    {
+                        return Err(e);
                     }
                     if max.to_f64() > packed.max {
                         packed.max = max.to_f64();
                         packed.max_at = u.iter().position(|v| v.abs() == max).map(|p| from + p as u64);
                     }
-                    squares += here;
-                    packed.moved += moved;
-                    packed.pack(level, codec, u, words, &mut picked);
-                    if job.rebuild {
-                        let place = from - tile.elements.start;
-                        let windows = readers[0].windows();
-                        let p = &windows[0][place as usize * E::SIZE..(place as usize + u.len()) * E::SIZE];
-                        let negative = negative_dtype(&job.terms[0]).unwrap_or(job.dtype);
-                        let n =
-                            &windows[1][place as usize * negative.size()..(place as usize + u.len()) * negative.size()];
-                        if negative == job.dtype && dispatch::rebuilds::<E, W>(level, p, n, u) {
-                            continue;
-                        }
-                        let out = &mut rebuilt[..u.len() * E::SIZE];
-                        let wide = &mut wide_negative[..u.len()];
-                        if negative == job.dtype {
-                            dispatch::finish::<E, W>(level, out, n, u);
-                        } else {
-                            with_element!(negative, N => dispatch::widen::<N, W>(level, wide, n));
-                            dispatch::finish_as::<E, W>(level, out, wide, u);
-                        }
-                        if out != p {
-                            correct::<E, W>(packed, out, p, (n, negative), u, (from - block.start) as u32);
-                        }
+                    squares += moves.squares;
+                    packed.moved += moves.moved;
+                    packed.pack(codec, kept, words);
+                    if let (Some(donors), false) = (donors, moves.rebuilds) {
+                        prove::<E, W>(packed, level, donors, u, rebuilt, (from - block.start) as u32);
                     }
                 }
                 at = end;
@@ -536,8 +536,34 @@ fn negative_dtype(term: &Term) -> Option<Dtype> {
     }
 }
 
+/// Rebuilds the positive donor of at most MICRO elements, and records what it takes besides the difference. `rebuilt` is scratch.
+fn prove<E: Element, W: Work>(
+    packed: &mut Packed,
+    level: Level,
+    [(dtype, p), n]: [Typed<'_>; 2],
+    u: &[W],
+    rebuilt: &mut [u8],
+    from: u32,
+) {
+    let out = &mut rebuilt[..u.len() * E::SIZE];
+    if n.0 == dtype {
+        if dispatch::rebuilds::<E, W>(level, p, n.1, u) {
+            return;
+        }
+        dispatch::finish::<E, W>(level, out, n.1, u);
+    } else {
+        let mut wide = [W::ZERO; MICRO];
+        let wide = &mut wide[..u.len()];
+        with_element!(n.0, N => dispatch::widen::<N, W>(level, wide, n.1));
+        dispatch::finish_as::<E, W>(level, out, wide, u);
+    }
+    if out != p {
+        correct::<E, W>(packed, out, p, n, u, from);
+    }
+}
+
 /// Records what the rebuilt elements that differ from the positive donor need.
-fn correct<E: Element, W: Work>(packed: &mut Packed, rebuilt: &[u8], p: &[u8], n: (&[u8], Dtype), u: &[W], from: u32) {
+fn correct<E: Element, W: Work>(packed: &mut Packed, rebuilt: &[u8], p: &[u8], n: Typed<'_>, u: &[W], from: u32) {
     for (i, hi) in u.iter().enumerate() {
         let at = i * E::SIZE..(i + 1) * E::SIZE;
         let (is, should) = (E::load(&rebuilt[at.clone()]), E::load(&p[at]));
@@ -545,7 +571,7 @@ fn correct<E: Element, W: Work>(packed: &mut Packed, rebuilt: &[u8], p: &[u8], n
         if is.same_bits(should) || should.widen64().is_nan() {
             continue;
         }
-        let negative = with_element!(n.1, N => N::load(&n.0[i * N::SIZE..]).widen64());
+        let negative = with_element!(n.0, N => N::load(&n.1[i * N::SIZE..]).widen64());
         let lo = if size_of::<W>() == 4 { correction(should, negative, hi.to_f64()) } else { None };
         match lo {
             Some(lo) => {

@@ -76,6 +76,12 @@ pub fn dot<W: Work>(a: &[W], b: &[W]) -> f64 {
     if !rest.is_empty() {
         add_products(&mut lanes, &filled(rest), &filled(rest_b));
     }
+    joined(lanes)
+}
+
+/// The lanes, joined pairwise.
+#[inline(always)]
+pub(super) fn joined(mut lanes: [f64; LANES]) -> f64 {
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {

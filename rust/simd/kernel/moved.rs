@@ -1,7 +1,7 @@
 //! What a sparse vector is made of: which elements moved, their values, and the proof that they lead back.
 
-use super::measure::dot;
-use super::{elements, filled};
+use super::measure::{dot, joined, largest};
+use super::{GROUP, LANES, MICRO, elements, filled};
 use crate::bf16::{Element, Work};
 
 /// What there is to know of some differences.
@@ -17,18 +17,26 @@ pub struct Extent<W> {
     pub squares: f64,
 }
 
-/// Looks at at most MICRO elements, and writes one bit for each: set where it is not zero (bit `i % 8` of byte `i / 8`; whole 64-bit words).
+/// Looks at at most MICRO elements, and writes a bit for each, see [`flag`].
 #[inline(always)]
 pub fn extent<W: Work>(bits: &mut [u8], x: &[W]) -> Extent<W> {
-    let mut largest = W::Magnitude::default();
-    for x in x {
-        largest = largest.max(x.magnitude());
+    let (max, finite) = extreme(x);
+    Extent { max, moved: flag(bits, x), finite, squares: dot(x, x) }
+}
+
+/// The largest absolute value, and whether all are finite; what is not a number does not count.
+#[inline(always)]
+pub fn extreme<W: Work>(x: &[W]) -> (W, bool) {
+    let max = W::from_magnitude(largest(x));
+    if max.is_finite() {
+        return (max, true);
     }
-    let mut max = W::from_magnitude(largest);
-    let finite = max.is_finite();
-    if !finite {
-        max = x.iter().fold(W::ZERO, |m, x| if x.abs() > m { x.abs() } else { m });
-    }
+    (x.iter().fold(W::ZERO, |m, x| if x.abs() > m { x.abs() } else { m }), false)
+}
+
+/// Writes one bit for each of at most MICRO elements, set where it is not zero (bit `i % 8` of byte `i / 8`; whole 64-bit words). How many are.
+#[inline(always)]
+pub fn flag<W: Work>(bits: &mut [u8], x: &[W]) -> u64 {
     let (whole, rest) = x.as_chunks::<64>();
     let (words, last) = bits.split_at_mut(whole.len() * 8);
     let mut moved = 0;
@@ -45,13 +53,80 @@ pub fn extent<W: Work>(bits: &mut [u8], x: &[W]) -> Extent<W> {
         last[..8].copy_from_slice(&word.to_le_bytes());
         moved += word.count_ones();
     }
-    Extent { max, moved: u64::from(moved), finite, squares: dot(x, x) }
+    u64::from(moved)
+}
+
+/// What there is to know of the differences of two tensors of one format.
+#[derive(Debug, Clone, Copy)]
+pub struct Moves {
+    /// Elements that are not zero.
+    pub moved: u64,
+    /// Sum of squares, in the order of [`dot`]. Not finite if some difference is not.
+    pub squares: f64,
+    /// What [`rebuilds`] says.
+    pub rebuilds: bool,
+}
+
+/// `u = p - n` for at most MICRO elements, with a bit for each as [`flag`] writes it: what [`difference`](super::difference), [`flag`],
+/// [`dot`] and [`rebuilds`] do together, in one walk.
+#[inline(always)]
+pub fn moves<E: Element, W: Work>(u: &mut [W], bits: &mut [u8], p: &[u8], n: &[u8]) -> Moves {
+    let mut differs = [W::Magnitude::default(); LANES];
+    // Summed behind the loop: in it, compilers take the lanes apart.
+    let mut fours = [[W::ZERO; LANES]; MICRO / GROUP];
+    let groups = u.len().div_ceil(GROUP);
+    let (whole, rest) = u.as_chunks_mut::<GROUP>();
+    let size = GROUP * E::SIZE;
+    for (((u, fours), p), n) in whole.iter_mut().zip(&mut fours).zip(p.chunks_exact(size)).zip(n.chunks_exact(size)) {
+        let at = |bytes: &[u8], i: usize| W::widen(E::load(&bytes[i * E::SIZE..(i + 1) * E::SIZE]));
+        *fours = move_group(u, &mut differs, |i| (at(p, i), at(n, i)));
+    }
+    if let (false, Some(fours)) = (rest.is_empty(), fours.get_mut(groups - 1)) {
+        let widened = |bytes: &[u8]| {
+            let mut group = [W::ZERO; GROUP];
+            let from = whole.len() * size;
+            group.iter_mut().zip(elements::<E>(&bytes[from..])).for_each(|(w, e)| *w = W::widen(e));
+            group
+        };
+        let (p, n, mut group) = (widened(p), widened(n), [W::ZERO; GROUP]);
+        *fours = move_group(&mut group, &mut differs, |i| (p[i], n[i]));
+        rest.copy_from_slice(&group[..rest.len()]);
+    }
+    let mut lanes = [0.0; LANES];
+    for fours in &fours[..groups] {
+        for j in 0..LANES {
+            lanes[j] += fours[j].to_f64();
+        }
+    }
+    let differs = differs.iter().fold(W::Magnitude::default(), |all, &d| all | d);
+    Moves { moved: flag(bits, u), squares: joined(lanes), rebuilds: differs == W::Magnitude::default() }
+}
+
+/// A group of [`moves`]: the differences, and the sums of four squares each.
+#[inline(always)]
+fn move_group<W: Work>(
+    u: &mut [W; GROUP],
+    differs: &mut [W::Magnitude; LANES],
+    pair: impl Fn(usize) -> (W, W),
+) -> [W; LANES] {
+    let mut squares = [[W::ZERO; LANES]; GROUP / LANES];
+    for (q, squares) in squares.iter_mut().enumerate() {
+        for j in 0..LANES {
+            let (p, n) = pair(q * LANES + j);
+            let d = p - n;
+            u[q * LANES + j] = d;
+            let sum = if d == W::ZERO { n } else { n + d };
+            differs[j] = differs[j] | (sum.bits() ^ p.bits());
+            squares[j] = d * d;
+        }
+    }
+    std::array::from_fn(|j| (squares[0][j] + squares[1][j]) + (squares[2][j] + squares[3][j]))
 }
 
 /// Elements of [`pick`] that are written before anybody counts: in a tensor that RL moved, a word of 64 seldom has more.
 const LIKELY: usize = 12;
 
-/// Writes the elements whose bits are set (as [`extent`] writes them) one behind the other; how many. `into` has room for all of `x` and 64 more.
+/// Writes the elements whose bits are set (as [`flag`] writes them) one behind the other; how many. `into` has room for all of `x` and 64 more.
 ///
 /// Every word writes the same number of elements first, set or not, and the next one begins behind those that count: where a word ends is
 /// not to be guessed, and a wrong guess costs as much as ten elements.
