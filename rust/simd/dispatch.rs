@@ -2,7 +2,9 @@
 
 use super::kernel;
 pub use super::kernel::{Band, Draw, Extent, MICRO, Moves, PanelOf, Rounding, TURNED};
-use super::level::{Level, Set};
+use super::level::Level;
+#[cfg(target_arch = "x86_64")]
+use super::level::Set;
 use crate::bf16::{Element, Work};
 use crate::philox::Philox;
 

@@ -98,6 +98,7 @@ impl Level {
         }
     }
 
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn set(self) -> Set {
         self.0
     }
