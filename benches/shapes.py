@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 from reasonvec.family import Family, make_family, sparse_shapes
 
 SHARD_BYTES = 1_000_000_000
-_VOCABULARY = frozenset({"model.embed_tokens.weight", "lm_head.weight"})
 
 
 def qwen_1_5b(cache: Path) -> Family:
@@ -29,36 +27,6 @@ def qwen_1_5b(cache: Path) -> Family:
             with_base=False,
         ),
     )
-
-
-def first_layers(cache: Path, layers: int) -> Path:
-    """The first layers of both donors of the 1.5B family, without a vocabulary to speak of."""
-    folder = cache / f"qwen2.5-1.5b-{layers}-layers"
-    if folder.exists():
-        return folder
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    family = qwen_1_5b(cache)
-    unfinished = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    for donor in (family.rl, family.sft):
-        side = unfinished / donor.name
-        side.mkdir(parents=True)
-        tensors = {}
-        for shard in sorted(donor.glob("*.safetensors")):
-            with safe_open(shard, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (it is no mapping)
-                    _, _, rest = name.partition("layers.")
-                    if not rest or int(rest.partition(".")[0]) < layers:
-                        rows = slice(0, 1024) if name in _VOCABULARY else slice(None)
-                        tensors[name] = opened.get_slice(name)[rows].contiguous()
-        save_file(tensors, side / "model.safetensors", {"format": "pt"})
-        config = json.loads((donor / "config.json").read_text())
-        config |= {"num_hidden_layers": layers, "vocab_size": 1024}
-        (side / "config.json").write_text(json.dumps(config, indent=2))
-    unfinished.rename(folder)
-    return folder
 
 
 def holes_7b(cache: Path) -> Family:
