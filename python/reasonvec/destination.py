@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -164,6 +163,8 @@ class Destination:
     def room(self) -> int:
         """Bytes free on the disk that the folder is, or will be, on, with what is to be replaced
         gone."""
+        import shutil  # It brings every compressor along, and an extraction never asks.
+
         where = self.path.absolute()
         while not where.exists():
             where = where.parent

@@ -276,7 +276,7 @@ def factors(
     and routers are left out unless --include finds them.
     """
     from reasonvec.cli.show import show_factors
-    from reasonvec.factors import write_factors
+    from reasonvec.factor_cache import write_factors
 
     made: set[str] = set()
     with guarded(), progress("factoring", quiet=quiet or as_json) as tell:
