@@ -11,23 +11,19 @@ import click
 from reasonvec import _reasonvec as core
 from reasonvec import open as open_point
 from reasonvec.cli.console import Session
+from reasonvec.cli.operands import Pairs, opened, operands, selected, total
 from reasonvec.cli.options import (
     INPUT,
-    Pairs,
     digest_option,
     dry_run_option,
     html_option,
-    opened,
-    operands,
     out_option,
     overwrite_option,
     ranking_options,
     seed_option,
-    selected,
     selecting_options,
     session_options,
     sync_option,
-    total,
     vector_sources,
 )
 

@@ -9,12 +9,10 @@ import click
 
 from reasonvec import _reasonvec as core
 from reasonvec.cli.console import Session
+from reasonvec.cli.operands import Pairs, opened, operands
 from reasonvec.cli.options import (
     INPUT,
-    Pairs,
     html_option,
-    opened,
-    operands,
     session_options,
     vector_sources,
 )

@@ -1,4 +1,4 @@
-"""The options that commands share, and what their values mean.
+"""The options that commands share.
 
 A block of options that several commands take is one decorator here; the order in which a command
 names the blocks is the order of its help.
@@ -7,47 +7,36 @@ names the blocks is the order of its help.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import click
 
-from reasonvec import open as open_point
 from reasonvec.cli.console import Session
-
-if TYPE_CHECKING:
-    from reasonvec.algebra import Checkpoint, Vector
 
 __all__ = [
     "INPUT",
-    "Pairs",
     "digest_option",
     "dry_run_option",
     "html_option",
     "missing_option",
     "nonfinite_option",
-    "opened",
-    "operands",
     "out_dtype_option",
     "out_option",
     "overwrite_option",
     "placing_options",
-    "prefixes",
     "ranking_options",
     "resume_option",
     "seed_option",
-    "selected",
     "selecting_options",
     "session_options",
     "sync_option",
-    "total",
     "vector_sources",
 ]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-Pairs: TypeAlias = Sequence[tuple[Path, Path]]
 
 INPUT = click.Path(path_type=Path)
 
@@ -254,62 +243,3 @@ def placing_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
 def session_options(command: Callable[Concatenate[Session, _P], _R]) -> Callable[_P, _R]:
     """How a command runs and answers; it gets them as its first argument."""
     return _THREADS(_MEMORY_BUDGET(_JSON(_QUIET(_pass_session(command)))))
-
-
-def selected(vector: Vector, include: Sequence[str], exclude: Sequence[str]) -> Vector:
-    """What `selecting_options` leave of it."""
-    return vector.where(include=include, exclude=exclude) if include or exclude else vector
-
-
-def operands(
-    vectors: Sequence[Path], pairs: Pairs, base: Path | None, *, only: int | None = None
-) -> list[Vector]:
-    """The vectors of a command line: folders, of vectors or of adapters, then differences."""
-    from reasonvec import adapter, load
-    from reasonvec.adapter import is_adapter
-
-    found = len(vectors) + len(pairs)
-    if not found or (only is not None and found != only):
-        wanted = {None: "at least one vector", 1: "one vector", 2: "two vectors"}[only]
-        message = f"expected {wanted} (a folder, or --from POSITIVE NEGATIVE), found {found}"
-        raise click.UsageError(message)
-    point = None if base is None else open_point(base)
-    folders = [adapter(path, point) if is_adapter(path) else load(path) for path in vectors]
-    return folders + [open_point(p) - open_point(n) for p, n in pairs]
-
-
-def opened(path: Path | None, pairs: Pairs, base: Path | None) -> Vector | Checkpoint:
-    """The one thing that a command line names: a checkpoint, or one of `operands`."""
-    from reasonvec.adapter import is_adapter
-    from reasonvec.folders import is_vector
-
-    if path is not None and not pairs and not is_vector(path) and not is_adapter(path):
-        return open_point(path)
-    if path is None and not pairs:
-        message = "expected a vector, a checkpoint or --from POSITIVE NEGATIVE, found nothing"
-        raise click.UsageError(message)
-    return operands([] if path is None else [path], pairs, base, only=1)[0]
-
-
-def total(vectors: list[Vector], alphas: Sequence[float]) -> Vector:
-    """Their sum, the first ones times their alphas."""
-    if len(alphas) > len(vectors):
-        message = f"--alpha was given {len(alphas)} times for {len(vectors)} vectors"
-        raise click.UsageError(message)
-    scaled = [a * v for a, v in zip(alphas, vectors, strict=False)] + vectors[len(alphas) :]
-    summed = scaled[0]
-    for vector in scaled[1:]:
-        summed = summed + vector
-    return summed
-
-
-def prefixes(values: Sequence[str]) -> list[tuple[str, str]]:
-    """The pairs of `--map-prefix`."""
-    found = []
-    for value in values:
-        target, equals, vector = value.partition("=")
-        if not equals:
-            message = f"--map-prefix takes A=B, found {value!r}"
-            raise click.UsageError(message)
-        found.append((target, vector))
-    return found

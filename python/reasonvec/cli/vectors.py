@@ -10,25 +10,21 @@ import click
 
 from reasonvec import open as open_point
 from reasonvec.cli.console import Session
+from reasonvec.cli.operands import Pairs, operands, prefixes, selected, total
 from reasonvec.cli.options import (
     INPUT,
-    Pairs,
     digest_option,
     dry_run_option,
     nonfinite_option,
-    operands,
     out_dtype_option,
     out_option,
     overwrite_option,
     placing_options,
-    prefixes,
     resume_option,
     seed_option,
-    selected,
     selecting_options,
     session_options,
     sync_option,
-    total,
     vector_sources,
 )
 
