@@ -21,7 +21,8 @@ from reasonvec.algebra import open as open_point
 from reasonvec.compat.problem import Problem, demand, shorten
 from reasonvec.errors import FormatError, ReasonvecError
 from reasonvec.merging.merge import Merge, Model, Module, Slice
-from reasonvec.merging.methods import METHODS, Method, field_keys
+from reasonvec.merging.method import Method, field_keys
+from reasonvec.merging.methods import METHODS
 from reasonvec.merging.parameters import Conditions, Setting
 from reasonvec.merging.vocabulary import Tokenizer, TokenRule
 

@@ -26,7 +26,7 @@ from reasonvec.cli.options import (
 if TYPE_CHECKING:
     from reasonvec.apply import OutDtype
     from reasonvec.compat.alignment import MissingPolicy
-    from reasonvec.merging.methods import Numerics
+    from reasonvec.merging.method import Numerics
     from reasonvec.run import DigestName
 
 __all__ = ["merge"]

@@ -20,7 +20,8 @@ from reasonvec.json_values import Json
 from reasonvec.merging.custom import Computation, Custom
 from reasonvec.merging.inputs import Input, MergedInput, PointInput, is_behind, renumbered
 from reasonvec.merging.layers import LayerOrigin, restacked_config
-from reasonvec.merging.methods import LinearMethod, Numerics
+from reasonvec.merging.linear import LinearMethod
+from reasonvec.merging.method import Numerics
 from reasonvec.merging.parameters import Place
 from reasonvec.merging.reader import TensorReader
 from reasonvec.merging.slices import OpenedModel, OpenedSlice, same_input
