@@ -23,8 +23,9 @@ from reasonvec.compat.problem import Problem
 from reasonvec.json_values import Json, read_json
 from reasonvec.merging.chat import chat_template
 from reasonvec.merging.method import Numerics
-from reasonvec.merging.planning import MergedTensor, Plan, plan_merge
+from reasonvec.merging.planning import Plan, plan_merge
 from reasonvec.merging.stages import Stages
+from reasonvec.merging.tensors import MergedTensor
 from reasonvec.merging.tokenizer_files import TOKENIZER_FILES, tokenizer_files
 from reasonvec.terms import Operands, elements
 
