@@ -1,9 +1,9 @@
 """What a LoRA adapter does to a base: which tensor each pair of factors changes, by how much, and
 what no update of the weights can say.
 
-An adapter changes a matrix by ``scale * B @ A`` (Hu et al. 2021, arXiv 2106.09685, section 4.1),
-with ``scale = alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA (Kalajdzievski 2023,
-arXiv 2312.03732). The product is made tile by tile where it is needed, never as a matrix, and
+An adapter changes a matrix by ``scale * B @ A`` (Hu et al. 2021, arXiv 2106.09685), with
+``scale = alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA (Kalajdzievski 2023, arXiv
+2312.03732). The product is made tile by tile where it is needed, never as a matrix, and
 adapters add as vectors do: no cross terms.
 """
 

@@ -1,4 +1,4 @@
-"""The traps of specs/vectors.md that headers and small JSON files can tell: each row is a test."""
+"""The traps of subtracting and adding checkpoints that headers and small JSON files can tell."""
 
 from __future__ import annotations
 
