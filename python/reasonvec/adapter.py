@@ -6,10 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from reasonvec import _reasonvec as core
-from reasonvec.compat.layout import TensorInfo
 from reasonvec.compat.problem import Problem
 from reasonvec.errors import FormatError
 from reasonvec.json_values import Json, read_json
+from reasonvec.opened import Opened, tensor_infos
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_MODEL", "AdapterFolder", "is_adapter"]
 
@@ -22,7 +22,7 @@ def is_adapter(path: Path) -> bool:
     return (path / ADAPTER_CONFIG).is_file()
 
 
-class AdapterFolder:
+class AdapterFolder(Opened):
     """An opened PEFT adapter: its config and its header are read, its factors are not.
 
     Raises:
@@ -42,19 +42,7 @@ class AdapterFolder:
             )
             raise FormatError(message)
         self.handle = core.Checkpoint(weights)
-        self.tensors = {
-            name: TensorInfo(name, dtype, tuple(shape), file)
-            for name, dtype, shape, file in self.handle.tensors()
-        }
-
-    def __eq__(self, other: object) -> bool:
-        """A folder that is opened again is the same folder."""
-        if not isinstance(other, AdapterFolder):
-            return NotImplemented
-        return self.path.resolve() == other.path.resolve()
-
-    def __hash__(self) -> int:
-        return hash(self.path.resolve())
+        self.tensors = tensor_infos(self.handle)
 
     @property
     def base_path(self) -> str | None:

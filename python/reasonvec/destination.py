@@ -10,7 +10,7 @@ from pathlib import Path
 from reasonvec import _reasonvec as core
 from reasonvec.errors import ReasonvecError
 from reasonvec.folders import CheckpointFolder, Folder
-from reasonvec.json_values import read_json
+from reasonvec.json_values import json_bytes, read_json
 
 __all__ = ["MANIFEST", "STAGES", "TEMPLATES", "UNDO", "Destination", "relative", "write_json"]
 
@@ -40,7 +40,7 @@ def relative(path: Path, start: Path) -> str:
 
 def write_json(path: Path, value: object, *, sync: bool = True) -> None:
     """Write a JSON file whole or not at all."""
-    core.write_whole(path, (json.dumps(value, indent=2) + "\n").encode(), sync)
+    core.write_whole(path, json_bytes(value, ascii_only=True), sync)
 
 
 class Destination:
