@@ -18,7 +18,6 @@ MERGE = (
 _PLAIN = "write the modules' names instead"
 _LONGEST_PATTERN = 500
 _MOST_REPEATS = 3
-
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # Keys of adapter_config.json under which the weights are no longer base + scale * B @ A.

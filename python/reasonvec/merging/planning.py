@@ -55,26 +55,10 @@ class Plan:
 
 
 @dataclass
-class _Planner:
-    merge: Merge
-    operands: Operands
-    stages: Stages
-    missing: MergeMissing
-    numerics: Numerics
-    seed: int
-    problems: list[Problem] = field(default_factory=list)
-    inputs: dict[int, Input] = field(default_factory=dict)
+class _Planner(TensorPlanner):
+    """The whole merge: which tensors there are, and what stands in the way of all of them."""
 
-    def __post_init__(self) -> None:
-        self.tensors = TensorPlanner(
-            self.merge,
-            self.operands,
-            self.stages,
-            self.missing,
-            self.numerics,
-            self.seed,
-            self.problems,
-        )
+    inputs: dict[int, Input] = field(default_factory=dict)
 
     # ---- opening
 
@@ -164,9 +148,6 @@ class _Planner:
                 f"{source.label}: layer_range {list(layers)}, but it has {count} layers; the end "
                 "of a range is one past its last layer",
             )
-
-    def error(self, kind: str, message: str, tensor: str | None = None) -> None:
-        self.problems.append(Problem(kind, message, tensor))
 
     # ---- the whole
 
@@ -314,7 +295,7 @@ class _Planner:
             )
         if names.keys() - done:
             copied = {n: s for n, s in names.items() if n not in done}
-            found += [self.tensors.copied(n, donor, "no module takes it") for n in copied]
+            found += [self.copied(n, donor, "no module takes it") for n in copied]
         return found, origins
 
     def _whole(
@@ -331,7 +312,7 @@ class _Planner:
             place = Place(name, depth)
             ramp = 1.0 if behind else depth
             rows = _moved_rows(vocabulary, name)
-            yield self.tensors.merged(Slot(info, info.name, name, None, part, place, ramp, rows))
+            yield self.merged(Slot(info, info.name, name, None, part, place, ramp, rows))
 
     def _sliced(
         self,
@@ -347,9 +328,7 @@ class _Planner:
 
         def beside(name: str, part: OpenedSlice, ramp: float) -> MergedTensor:
             info, rows = donor.layout.tensors[names[name]], _moved_rows(vocabulary, name)
-            return self.tensors.merged(
-                Slot(info, info.name, name, None, part, Place(name), ramp, rows)
-            )
+            return self.merged(Slot(info, info.name, name, None, part, Place(name), ramp, rows))
 
         for name in outside:
             if not is_behind(name):
@@ -373,7 +352,7 @@ class _Planner:
                     out = renumbered(info.name, at)
                     place = Place(renumbered(name, at), depth)
                     rows = _moved_rows(vocabulary, name)
-                    yield self.tensors.merged(Slot(info, out, name, k, part, place, ramp, rows))
+                    yield self.merged(Slot(info, out, name, k, part, place, ramp, rows))
                 at += 1
         for name in outside:
             if is_behind(name):

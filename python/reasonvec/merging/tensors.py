@@ -105,7 +105,7 @@ class TensorPlanner:
     missing: MergeMissing
     numerics: Numerics
     seed: int
-    problems: list[Problem]
+    problems: list[Problem] = field(default_factory=list)
     told: set[str] = field(default_factory=set)
     staged: dict[int, Staged] = field(default_factory=dict)
 
@@ -120,7 +120,7 @@ class TensorPlanner:
         if info.dtype not in FLOATS:
             refs = [ref for m in here for ref in self._refs(slot, m)]
             if not all(i.dtype == info.dtype and i.shape == info.shape for i in infos):
-                self._error("dtype", _unlike(info, here, infos), slot.out)
+                self.error("dtype", _unlike(info, here, infos), slot.out)
             why = f"{info.dtype} is passed through"
             return _settled(info, slot.out, info.shape, refs[0], equal=refs[1:], why=why)
         for model, other in zip(here, infos, strict=True):
@@ -144,7 +144,7 @@ class TensorPlanner:
             # One line for what is wrong in every tensor alike.
             if str(error) not in self.told:
                 self.told.add(str(error))
-                self._error("parameter", f"{error} (first at {slot.out})", slot.out)
+                self.error("parameter", f"{error} (first at {slot.out})", slot.out)
             target, terms, method = None, [], None
         return _settled(
             info,
@@ -165,7 +165,8 @@ class TensorPlanner:
         terms = [] if target is not None else source.terms(name, self.operands)
         return _settled(info, info.name, info.shape, target, terms, why=why)
 
-    def _error(self, kind: str, message: str, tensor: str) -> None:
+    def error(self, kind: str, message: str, tensor: str | None = None) -> None:
+        """Note what stops the merge."""
         self.problems.append(Problem(kind, message, tensor))
 
     def _steps(self, info: TensorInfo) -> str | None:
@@ -285,7 +286,7 @@ class TensorPlanner:
                     f"{part.frame.input.label} has; take models of one architecture, or pass "
                     "missing=skip to keep the first model's there"
                 )
-                self._error("missing", message, slot.out)
+                self.error("missing", message, slot.out)
         frame = next((m for m in (part.base, *part.models) if m and m not in missing), None)
         if frame is None:
             return _settled(info, slot.out, info.shape, None, why="missing")
@@ -298,10 +299,10 @@ class TensorPlanner:
     def _unfit(self, slot: Slot, model: OpenedModel, other: TensorInfo) -> None:
         info = slot.info
         if other.dtype not in FLOATS:
-            self._error("dtype", _unlike(info, [model], [other]), slot.out)
+            self.error("dtype", _unlike(info, [model], [other]), slot.out)
         elif is_vocabulary(slot.name) and info.shape[1:] == other.shape[1:]:
             what = "embeddings" if is_embedding(slot.name) else "head"
-            self._error(
+            self.error(
                 "vocab",
                 f"{model.input.label}: {other.name} has {other.shape[0]} rows, expected "
                 f"{info.shape[0]}: the {what} are of different vocabularies; say "
@@ -309,7 +310,7 @@ class TensorPlanner:
                 slot.out,
             )
         else:
-            self._error(
+            self.error(
                 "shape",
                 f"{model.input.label}: {other.name} is {list(other.shape)}, expected "
                 f"{list(info.shape)}: the shapes must be equal; take models of one architecture "
