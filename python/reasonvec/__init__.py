@@ -31,13 +31,11 @@ from reasonvec.errors import (
     NonFiniteError,
     ReasonvecError,
 )
-from reasonvec.factors import factors, write_factors
 
 if TYPE_CHECKING:
     from reasonvec.config import read_config
-    from reasonvec.merging.custom import method
-    from reasonvec.merging.merge import (
-        Merge,
+    from reasonvec.factor_cache import factors, write_factors
+    from reasonvec.merging.constructors import (
         arcee_fusion,
         breadcrumbs,
         breadcrumbs_ties,
@@ -67,6 +65,8 @@ if TYPE_CHECKING:
         ties,
         tsv_m,
     )
+    from reasonvec.merging.custom import method
+    from reasonvec.merging.merge import Merge
 
 __all__ = [
     "Checkpoint",
@@ -124,15 +124,20 @@ __version__: str = version()
 
 if not TYPE_CHECKING:
     # Merging is more than half of the package, and a program that applies a vector needs none of
-    # it: it is imported when somebody asks for one of its names.
-    _MERGING = ("reasonvec.merging.merge", "reasonvec.merging.custom", "reasonvec.config")
+    # it: what is named here is imported when somebody asks for it.
+    _METHODS = "reasonvec.merging.constructors"
+    _ELSEWHERE = {
+        "Merge": "reasonvec.merging.merge",
+        "factors": "reasonvec.factor_cache",
+        "method": "reasonvec.merging.custom",
+        "read_config": "reasonvec.config",
+        "write_factors": "reasonvec.factor_cache",
+    }
 
     def __getattr__(name: str) -> object:
         if name in __all__:
-            for module in map(import_module, _MERGING):
-                if name in module.__all__:
-                    globals()[name] = getattr(module, name)
-                    return globals()[name]
+            globals()[name] = getattr(import_module(_ELSEWHERE.get(name, _METHODS)), name)
+            return globals()[name]
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
 

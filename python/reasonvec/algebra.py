@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias, Unpack, overload
 
-from reasonvec.adapter import AdapterFolder, Updates, is_adapter
+from reasonvec.adapter import AdapterFolder, is_adapter
 from reasonvec.coefficients import AlphaFor, Constant, Factor, Function, Ramp, Where, pattern
 from reasonvec.compat.problem import Problem
 from reasonvec.errors import FormatError, MismatchError, ReasonvecError
@@ -24,6 +24,7 @@ from reasonvec.svd import Decomposable
 
 if TYPE_CHECKING:
     from reasonvec._reasonvec import Tensor
+    from reasonvec.adapter_updates import Updates
     from reasonvec.apply import ApplyOptions, ApplyPlan, ApplyReport
     from reasonvec.compare import Comparison
     from reasonvec.extract import ExtractOptions, ExtractReport
@@ -69,13 +70,17 @@ class Adapter:
 
     @cached_property
     def updates(self) -> Updates:
-        return self.folder.fit(self.base.layout)
+        from reasonvec.adapter_updates import fit
+
+        return fit(self.folder, self.base.layout)
 
     @cached_property
     def copy_problems(self) -> list[Problem]:
         """PEFT stores embeddings beside their factors. The copy must be the base's own, as it was
         when the factors were trained; that takes reading both."""
-        return self.folder.copy_problems(self.base.layout, self.base.handle, self.updates)
+        from reasonvec.adapter_updates import copy_problems
+
+        return copy_problems(self.folder, self.base.layout, self.base.handle, self.updates)
 
     @property
     def text(self) -> str:

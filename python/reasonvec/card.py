@@ -114,7 +114,7 @@ def _figure_row(label: str, group: GroupMeasure, members: tuple[TensorMeasure, .
         label,
         count(group.tensors),
         short_count(group.elements),
-        f"{percent(group.moved, group.elements) if group.elements else '0'} %",
+        f"{percent(group.moved, group.elements)} %",
         magnitude(group.norm),
         magnitude(group.max),
         "" if group.stored_bytes is None else size(group.stored_bytes),

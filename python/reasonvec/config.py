@@ -7,31 +7,26 @@ is. Paths are folders on this machine: nothing is downloaded.
 from __future__ import annotations
 
 import difflib
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import TypeAlias
 
 from reasonvec.adapter import is_adapter
 from reasonvec.algebra import Point, adapter
 from reasonvec.algebra import open as open_point
 from reasonvec.compat.problem import Problem, demand, shorten
+from reasonvec.config_values import ConfigValues
 from reasonvec.errors import FormatError, ReasonvecError
 from reasonvec.merging.merge import Merge, Model, Module, Slice
-from reasonvec.merging.methods import METHODS, Method, field_keys
-from reasonvec.merging.parameters import Conditions, Setting
+from reasonvec.merging.method import Method, field_keys
+from reasonvec.merging.methods import METHODS
 from reasonvec.merging.vocabulary import Tokenizer, TokenRule
 
 __all__ = ["Recipe", "read_config", "read_recipe"]
 
 _LONGEST = 1 << 20
-_DTYPES = {
-    "float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "float": "float32",
-    "half": "float16", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16",
-}  # fmt: skip
 _TOP = ("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype",
         "out_dtype", "tokenizer", "tokenizer_source", "chat_template", "name")  # fmt: skip
 _MODEL = ("model", "parameters")
@@ -41,10 +36,7 @@ _MODULE = ("slices", "models", "parameters")
 _TOKENIZER = ("source", "tokens", "pad_to_multiple_of")
 _TOKEN = ("source", "force")
 _TOKEN_SOURCE = ("kind", "model", "token", "token_id")
-_CONDITION = ("filter", "value")
 _REFERENCE = ("model", "lora", "path", "revision", "override_architecture")
-# How mergekit holds its masks in memory: means nothing where none is held.
-_IDLE_PARAMETERS = frozenset({"int8_mask"})
 # Parts of multimodal models, as mergekit calls them, by the names of their tensors.
 _VISION = r"(?:^|\.)(?:vision_tower|vision_model|vision_encoder|visual|vit)\."
 _PARTS = {
@@ -58,7 +50,6 @@ _PARTS = {
         r"(?:^|\.)(?:multi_modal_projector|mm_projector|projector|merger|connector)\."
     ),
 }
-_Settings: TypeAlias = dict[str, Setting]
 
 
 @dataclass(frozen=True)
@@ -108,8 +99,7 @@ def read_recipe(path: Path, *, strict: bool = False) -> Recipe:
         raise FormatError(message)
     content = path.read_bytes()
     documents = _documents(path, content)
-    reading = _Reading(path, content, strict, {})
-    return reading.run(documents)
+    return _Reading(path, strict, content=content).run(documents)
 
 
 def _documents(path: Path, content: bytes) -> list[object]:
@@ -143,51 +133,14 @@ def _documents(path: Path, content: bytes) -> list[object]:
 
 
 @dataclass
-class _Reading:
+class _Reading(ConfigValues):
     """One file on its way to a merge."""
 
-    path: Path
-    content: bytes
-    strict: bool
-    opened: dict[str, Point]
-    problems: list[Problem] = field(default_factory=list)
+    content: bytes = b""
+    opened: dict[str, Point] = field(default_factory=dict)
     merges: dict[str, Merge | None] = field(default_factory=dict)
     named: dict[str, Mapping[object, object]] = field(default_factory=dict)
     under_way: list[str] = field(default_factory=list)
-
-    # ---- saying what is wrong
-
-    def error(self, where: str, message: str) -> None:
-        at = f"{self.path}: {where}: " if where else f"{self.path}: "
-        self.problems.append(Problem("config", at + message))
-
-    def unknown(self, where: str, key: object, known: Iterable[str], what: str = "key") -> None:
-        near = difflib.get_close_matches(str(key), list(known), 1, 0.5)
-        meant = (
-            f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
-        )
-        at = f"{self.path}: {where}: " if where else f"{self.path}: "
-        message = f"{at}the {what} {shorten(key)} is not known, and changes nothing{meant}"
-        self.problems.append(
-            Problem("key", message, severity="error" if self.strict else "warning")
-        )
-
-    def keys(self, where: str, value: Mapping[object, object], known: Sequence[str]) -> None:
-        for key in value:
-            if key not in known:
-                self.unknown(where, key, known)
-
-    def mapping(self, where: str, value: object) -> Mapping[object, object] | None:
-        if isinstance(value, Mapping):
-            return value
-        self.error(where, f"expected a mapping, found {shorten(value)}")
-        return None
-
-    def items(self, where: str, value: object) -> list[object]:
-        if isinstance(value, list) and value:
-            return value
-        self.error(where, f"expected a list with something in it, found {shorten(value)}")
-        return []
 
     # ---- documents
 
@@ -379,78 +332,6 @@ class _Reading:
             layers = self.layers(f"{where}.layer_range", entry.get("layer_range"))
         return None if point is None else Model(point, settings, layers)
 
-    def layers(self, where: str, value: object) -> tuple[int, int] | None:
-        whole = isinstance(value, list) and len(value) == 2
-        if (
-            whole
-            and isinstance(value, list)
-            and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-        ):
-            return value[0], value[1]
-        self.error(where, f"expected [first layer, one past the last], found {shorten(value)}")
-        return None
-
-    # ---- parameters
-
-    def settings(
-        self, where: str, value: object, method: type[Method] | None, known: frozenset[str]
-    ) -> _Settings:
-        if value is None:
-            return {}
-        said = self.mapping(where, value)
-        found: _Settings = {}
-        for key, one in (said or {}).items():
-            if method is not None and key not in known and key not in _IDLE_PARAMETERS:
-                self.unknown(where, key, known, f"parameter of {method.name}")
-                continue
-            setting = self.conditions(f"{where}.{key}", one)
-            if setting is not None and key in known:
-                found[str(key)] = setting
-        return found
-
-    def conditions(self, where: str, value: object) -> Setting | None:
-        entries = value if isinstance(value, list) else [value]
-        if not any(isinstance(entry, Mapping) for entry in entries):
-            level = self.level(where, value)
-            return None if level is None else Conditions(((None, level),))
-        rules: list[tuple[str | None, float | tuple[float, ...]]] = []
-        for i, entry in enumerate(entries):
-            at = f"{where}[{i}]" if isinstance(value, list) else where
-            if not isinstance(entry, Mapping):
-                level = self.level(at, entry)
-                if level is not None:
-                    rules.append((None, level))
-                continue
-            self.keys(at, entry, _CONDITION)
-            text = entry.get("filter")
-            if text is not None and not isinstance(text, str):
-                self.error(at, f"filter: expected a part of a tensor's name, found {shorten(text)}")
-                continue
-            level = self.level(f"{at}.value", entry.get("value"))
-            if level is not None:
-                rules.append((text, level))
-        return Conditions(tuple(rules)) if rules else None
-
-    def level(self, where: str, value: object) -> float | tuple[float, ...] | None:
-        if isinstance(value, list) and value:
-            numbers = [self.number(f"{where}[{i}]", one) for i, one in enumerate(value)]
-            return None if None in numbers else tuple(n for n in numbers if n is not None)
-        return self.number(where, value)
-
-    def number(self, where: str, value: object) -> float | None:
-        if isinstance(value, (bool, int, float)):
-            number = float(value)
-        else:
-            # YAML 1.1 reads 1e-5, without a point, as a word.
-            try:
-                number = float(value) if isinstance(value, str) else math.nan
-            except ValueError:
-                number = math.nan
-        if math.isfinite(number):
-            return number
-        self.error(where, f"expected a finite number, found {shorten(value)}")
-        return None
-
     # ---- models
 
     def reference(self, where: str, value: object) -> Point | Merge | None:
@@ -560,15 +441,6 @@ class _Reading:
                 "itself, not after a +"
             )
         return point + adapter(folder, base=point)
-
-    def dtype(self, where: str, value: object) -> str | None:
-        if value is None:
-            return None
-        name = str(value).removeprefix("torch.")
-        if name not in _DTYPES:
-            self.error(where, f"expected float32, float16 or bfloat16, found {shorten(value)}")
-            return None
-        return _DTYPES[name]
 
     # ---- tokenizer
 

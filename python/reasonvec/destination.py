@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from reasonvec import _reasonvec as core
 from reasonvec.errors import ReasonvecError
 from reasonvec.folders import CheckpointFolder, Folder
-from reasonvec.json_values import read_json
+from reasonvec.json_values import json_bytes, read_json
 
 __all__ = ["MANIFEST", "STAGES", "TEMPLATES", "UNDO", "Destination", "relative", "write_json"]
 
@@ -41,7 +40,7 @@ def relative(path: Path, start: Path) -> str:
 
 def write_json(path: Path, value: object, *, sync: bool = True) -> None:
     """Write a JSON file whole or not at all."""
-    core.write_whole(path, (json.dumps(value, indent=2) + "\n").encode(), sync)
+    core.write_whole(path, json_bytes(value, ascii_only=True), sync)
 
 
 class Destination:
@@ -164,6 +163,8 @@ class Destination:
     def room(self) -> int:
         """Bytes free on the disk that the folder is, or will be, on, with what is to be replaced
         gone."""
+        import shutil  # It brings every compressor along, and an extraction never asks.
+
         where = self.path.absolute()
         while not where.exists():
             where = where.parent

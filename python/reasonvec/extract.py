@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -191,7 +191,7 @@ def write_vector(
         "encoding": options.get("encoding", "auto"),
         "shard_bytes": options.get("shard_bytes", 5_000_000_000),
         "allow_nonfinite": options.get("allow_nonfinite", False),
-        "tensors": [asdict(t) | entries.get(t.name, {}) for t in tensors.values()],
+        "tensors": [t.as_json() | entries.get(t.name, {}) for t in tensors.values()],
         "config": {
             **(config or {}),
             "recipe": str(vector),

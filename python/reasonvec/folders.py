@@ -13,6 +13,7 @@ from reasonvec.adapter import AdapterFolder
 from reasonvec.compat.layout import Layout, TensorInfo
 from reasonvec.compat.problem import Problem
 from reasonvec.json_values import Json, objects_in, read_json
+from reasonvec.opened import Opened, tensor_infos
 from reasonvec.run import settings
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def is_vector(path: Path) -> bool:
     return (path / VECTOR_CONFIG).is_file()
 
 
-class CheckpointFolder:
+class CheckpointFolder(Opened):
     """An opened checkpoint: names, formats, shapes; its tensors are read when they are used."""
 
     def __init__(self, path: Path) -> None:
@@ -36,21 +37,9 @@ class CheckpointFolder:
         self.handle = core.Checkpoint(path)
         self.folder = path if path.is_dir() else path.parent
 
-    def __eq__(self, other: object) -> bool:
-        """A folder that is opened again is the same folder."""
-        if not isinstance(other, CheckpointFolder):
-            return NotImplemented
-        return self.path.resolve() == other.path.resolve()
-
-    def __hash__(self) -> int:
-        return hash(self.path.resolve())
-
     @cached_property
     def layout(self) -> Layout:
-        tensors = {
-            name: TensorInfo(name, dtype, tuple(shape), file)
-            for name, dtype, shape, file in self.handle.tensors()
-        }
+        tensors = tensor_infos(self.handle)
         config_path = self.folder / "config.json"
         config = read_json(config_path) if config_path.is_file() else {}
         metadata = {k: v for shard in self.handle.shards() for k, v in self.handle.metadata(shard)}
@@ -97,21 +86,12 @@ class CheckpointFolder:
 _OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"})
 
 
-class VectorFolder:
+class VectorFolder(Opened):
     """An opened vector folder: its manifest is read and checked, its numbers are not."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.handle = core.VectorFolder(path)
-
-    def __eq__(self, other: object) -> bool:
-        """A folder that is opened again is the same folder."""
-        if not isinstance(other, VectorFolder):
-            return NotImplemented
-        return self.path.resolve() == other.path.resolve()
-
-    def __hash__(self) -> int:
-        return hash(self.path.resolve())
 
     @cached_property
     def config(self) -> Json:

@@ -29,8 +29,38 @@ def in_order(kinds: Iterable[str]) -> list[str]:
     return known + [kind for kind in unique if kind not in _KIND_ORDER]
 
 
+class _Measured:
+    """What follows from the measures that tensors and groups of them have alike."""
+
+    __slots__ = ()
+    elements: int
+    moved: int
+    norm: float
+    max: float
+
+    @property
+    def moved_share(self) -> float:
+        """Moved elements over all elements, 0 to 1; 0 where there are none."""
+        return self.moved / self.elements if self.elements else 0.0
+
+    @property
+    def rms(self) -> float:
+        """Root mean square per element: ``norm / sqrt(elements)``; 0 where there are none."""
+        return self.norm / math.sqrt(self.elements) if self.elements else 0.0
+
+    def _figures(self) -> dict[str, object]:
+        return {
+            "elements": self.elements,
+            "moved": self.moved,
+            "moved_share": self.moved_share,
+            "norm": _finite(self.norm),
+            "rms": _finite(self.rms),
+            "max": _finite(self.max),
+        }
+
+
 @dataclass(frozen=True, slots=True)
-class TensorMeasure:
+class TensorMeasure(_Measured):
     """The measures of one tensor.
 
     ``kind`` is the module it belongs to (``q_proj``, ``down_proj``, ``norm`` ...), ``layer`` its
@@ -53,16 +83,6 @@ class TensorMeasure:
     stored_bytes: int | None = None
     encoding: str | None = None
 
-    @property
-    def moved_share(self) -> float:
-        """Moved elements over all elements, 0 to 1; 0 for an empty tensor."""
-        return self.moved / self.elements if self.elements else 0.0
-
-    @property
-    def rms(self) -> float:
-        """Root mean square per element: ``norm / sqrt(elements)``; 0 for an empty tensor."""
-        return self.norm / math.sqrt(self.elements) if self.elements else 0.0
-
     def as_json(self) -> dict[str, object]:
         """The fields under their own names; a number that JSON cannot hold (NaN, inf) is null."""
         return {
@@ -71,12 +91,7 @@ class TensorMeasure:
             "layer": self.layer,
             "dtype": self.dtype,
             "shape": list(self.shape),
-            "elements": self.elements,
-            "moved": self.moved,
-            "moved_share": self.moved_share,
-            "norm": _finite(self.norm),
-            "rms": _finite(self.rms),
-            "max": _finite(self.max),
+            **self._figures(),
             "max_at": self.max_at,
             "stored_bytes": self.stored_bytes,
             "encoding": self.encoding,
@@ -84,7 +99,7 @@ class TensorMeasure:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupMeasure:
+class GroupMeasure(_Measured):
     """The measures of several tensors taken as one.
 
     Counts and bytes add, norms add in quadrature, the largest magnitude is the largest of all;
@@ -124,16 +139,6 @@ class GroupMeasure:
         )
 
     @property
-    def moved_share(self) -> float:
-        """Moved elements over all elements, 0 to 1; 0 when there are none."""
-        return self.moved / self.elements if self.elements else 0.0
-
-    @property
-    def rms(self) -> float:
-        """Root mean square per element: ``norm / sqrt(elements)``; 0 when there are none."""
-        return self.norm / math.sqrt(self.elements) if self.elements else 0.0
-
-    @property
     def bytes_per_parameter(self) -> float | None:
         """Stored bytes over elements; None when either is unknown or there are no elements."""
         if self.stored_bytes is None or not self.elements:
@@ -144,12 +149,7 @@ class GroupMeasure:
         """The fields under their own names; a number that JSON cannot hold (NaN, inf) is null."""
         return {
             "tensors": self.tensors,
-            "elements": self.elements,
-            "moved": self.moved,
-            "moved_share": self.moved_share,
-            "norm": _finite(self.norm),
-            "rms": _finite(self.rms),
-            "max": _finite(self.max),
+            **self._figures(),
             "max_in": None if self.max_in is None else self.max_in.name,
             "max_at": None if self.max_in is None else self.max_in.max_at,
             "stored_bytes": self.stored_bytes,

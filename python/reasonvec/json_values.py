@@ -9,7 +9,7 @@ from typing import NoReturn, TypeAlias
 
 from reasonvec.errors import FormatError
 
-__all__ = ["Json", "object_in", "objects_in", "read_json", "string_in", "strings_in"]
+__all__ = ["Json", "json_bytes", "object_in", "objects_in", "read_json", "string_in", "strings_in"]
 
 Json: TypeAlias = dict[str, object]
 
@@ -35,6 +35,17 @@ def read_json(path: Path) -> Json:
         message = f"{path}: expected a JSON object, found {type(value).__name__}"
         raise FormatError(message)
     return value
+
+
+def json_bytes(value: object, *, ascii_only: bool = False) -> bytes:
+    """A JSON file as people read it.
+
+    >>> json_bytes({"token": "\\ud83d"})
+    b'{\\n  "token": "\\\\ud83d"\\n}\\n'
+    """
+    # Half a surrogate pair, which JSON can escape and UTF-8 cannot hold, stays escaped.
+    text = json.dumps(value, indent=2, ensure_ascii=ascii_only)
+    return f"{text}\n".encode(errors="backslashreplace")
 
 
 def object_in(parent: Mapping[str, object], key: str, path: Path) -> Json:

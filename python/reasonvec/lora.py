@@ -25,7 +25,7 @@ from reasonvec.algebra import Adapter, Difference, Vector
 from reasonvec.compat.class_prefix import class_prefix
 from reasonvec.compat.experts import ADAPTABLE, layout_of
 from reasonvec.compat.layout import FLOATS, Layout
-from reasonvec.destination import Destination
+from reasonvec.destination import Destination, write_json
 from reasonvec.errors import MismatchError
 from reasonvec.factor_file import FactorFile, single
 from reasonvec.json_values import Json
@@ -215,7 +215,7 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
     config = _config(report, bare or "", modules, experts, layout.config, base, flipped=flipped)
     core.write_whole(out / "README.md", _card(report, base).encode(), sync)
     # The config last: a folder without it is no adapter.
-    core.write_whole(out / ADAPTER_CONFIG, (json.dumps(config, indent=2) + "\n").encode(), sync)
+    write_json(out / ADAPTER_CONFIG, config, sync=sync)
     return report
 
 

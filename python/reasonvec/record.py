@@ -13,7 +13,7 @@ from reasonvec.algebra import Adapter, Difference, Point, Scaled, Vector
 from reasonvec.apply import ApplyOptions, ApplyPlan, ApplyReport, TensorChange, WrittenTensor
 from reasonvec.destination import MANIFEST, STAGES, UNDO, relative, write_json
 from reasonvec.folders import CheckpointFolder, Folder
-from reasonvec.json_values import Json, read_json
+from reasonvec.json_values import Json, json_bytes, read_json
 from reasonvec.rounding import Rounding
 from reasonvec.run import settings
 from reasonvec.terms import Operands, elements
@@ -117,14 +117,14 @@ def _side_file(path: Path, point: Point, plan: ApplyPlan) -> bytes | None:
                 for key in ("torch_dtype", "dtype"):
                     if key in part:
                         part[key] = asked
-        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        return json_bytes(config)
     if path.name == point.base.handle.index:
         index = read_json(path)
         size = sum(elements(t.shape) * _item(t.dtype) for t in plan.tensors)
         metadata = index.get("metadata")
         if isinstance(metadata, dict) and "total_size" in metadata:
             metadata["total_size"] = size
-        return (json.dumps(index, indent=2) + "\n").encode()
+        return json_bytes(index, ascii_only=True)
     return None
 
 
@@ -143,7 +143,7 @@ def _take_chat_template(folder: Path, out: Path, *, sync: bool) -> list[str]:
     ours = out / "tokenizer_config.json"
     config = read_json(ours) if ours.is_file() else {}
     config["chat_template"] = template
-    core.write_whole(ours, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(), sync)
+    core.write_whole(ours, json_bytes(config), sync)
     (out / "chat_template.jinja").unlink(missing_ok=True)
     return ["tokenizer_config.json"]
 

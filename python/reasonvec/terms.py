@@ -252,6 +252,16 @@ class Summed:
     terms: list[Json] = field(default_factory=list)
     equal: list[Json] = field(default_factory=list)
 
+    def as_json(self) -> Json:
+        """The tensor in a plan of the core."""
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "shape": self.shape,
+            "terms": self.terms,
+            "equal": self.equal,
+        }
+
 
 def sum_terms(
     vector: Vector, first: Layout, operands: Operands, *, checked: bool = True

@@ -43,12 +43,12 @@ def _scaled(n: int, units: Sequence[str]) -> str:
 
 
 def percent(part: int, whole: int) -> str:
-    """``part`` of ``whole`` in percent, without the sign.
+    """``part`` of ``whole`` in percent, without the sign; of nothing it is ``0``.
 
     ``0`` and ``100`` are said only when they are exact; anything in between that would round to
     them is written ``<0.01`` or ``>99.9``.
     """
-    if part == 0:
+    if part == 0 or whole == 0:
         return "0"
     if part == whole:
         return "100"

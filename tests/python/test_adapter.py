@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 import reasonvec as rv
 from reasonvec import _reasonvec as core
 from reasonvec import reference as ref
-from reasonvec.adapter import AdapterFolder, Update
+from reasonvec.adapter import AdapterFolder
+from reasonvec.adapter_updates import Update, copy_problems, fit
 from reasonvec.cli.app import main
 from reasonvec.errors import FormatError, MismatchError
 from reasonvec.family import Family
@@ -327,15 +328,15 @@ def adapter_folder(
 
 
 def fitted(folder: Path, base: Path) -> dict[str, Update]:
-    updates = AdapterFolder(folder).fit(CheckpointFolder(base).layout)
+    updates = fit(AdapterFolder(folder), CheckpointFolder(base).layout)
     assert updates.problems == []
     return updates.of
 
 
 def told(folder: Path, base: Path) -> str:
     adapter, point = AdapterFolder(folder), CheckpointFolder(base)
-    updates = adapter.fit(point.layout)
-    problems = updates.problems or adapter.copy_problems(point.layout, point.handle, updates)
+    updates = fit(adapter, point.layout)
+    problems = updates.problems or copy_problems(adapter, point.layout, point.handle, updates)
     return "\n".join(problem.message for problem in problems)
 
 

@@ -310,15 +310,28 @@ def test_wrong_use(
      ("1.5k", 1536), (" 2 GiB ", 2 << 30), ("7B", 7)],
 )  # fmt: skip
 def test_sizes(text: str, bytes_: int) -> None:
-    from reasonvec.cli.options import running_options
+    from reasonvec.cli.console import Session
+    from reasonvec.cli.options import session_options
 
     @click.command()
-    @running_options
-    def told(threads: int, memory_budget: int) -> None:
-        click.echo(memory_budget)
+    @session_options
+    def told(session: Session) -> None:
+        click.echo(session.memory_budget)
 
     result = CliRunner().invoke(told, ["--memory-budget", text])
     assert result.stdout == f"{bytes_}\n"
+
+
+def test_a_seed_has_64_bits(family: Family, made: Path, tmp_path: Path) -> None:
+    file = tmp_path / "factors.safetensors"
+    for command in (
+        ("apply", made / "reason", "--to", family.instruct, "-o", tmp_path / "o"),
+        ("spectrum", made / "reason"),
+        ("factors", family.sft, "--rank", 2, "-o", file),
+    ):
+        for seed in (-1, 1 << 64):
+            assert "0<=x<=18446744073709551615" in refused(*command, "--seed", seed)
+    assert not file.exists()
 
 
 def test_the_number_of_vectors(family: Family, made: Path, tmp_path: Path) -> None:

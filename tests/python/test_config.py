@@ -98,6 +98,7 @@ def test_recipe_loads_in_transformers(recipe: Path, tmp_path: Path) -> None:
 
 def test_recipes_cover_every_method_and_key() -> None:
     from reasonvec import config
+    from reasonvec.config_values import CONDITION
     from reasonvec.merging.methods import METHODS
 
     text = "\n".join(path.read_text() for path in RECIPES)
@@ -111,7 +112,7 @@ def test_recipes_cover_every_method_and_key() -> None:
         *config._MODULE,
         *config._TOKENIZER,
         *config._TOKEN,
-        *config._CONDITION,
+        *CONDITION,
     }:
         assert f"{key}:" in text, key
 

@@ -419,6 +419,8 @@ def test_densities_by_model_by_layer_and_by_name(
     assert found["model.layers.2.self_attn.q_proj.weight"] == pytest.approx([0.5, 1.0])
     with pytest.raises(rv.ReasonvecError, match="none of the models"):
         rv.ties(base, {rl: 1.0}, density={instruct: 0.5})
+    with pytest.raises(rv.ReasonvecError, match="epsilon is one for all models"):
+        rv.ram(base, [rl, instruct], epsilon={rl: 0.5})  # type: ignore[dict-item]
 
 
 def test_numerics_of_mergekit(tmp_path: Path, base: rv.Checkpoint, rl: rv.Checkpoint) -> None:
@@ -474,6 +476,8 @@ def test_a_merge_is_a_point_that_stands_alone(base: rv.Checkpoint, rl: rv.Checkp
         rv.linear(["base", "rl"])  # type: ignore[list-item]
     with pytest.raises(rv.ReasonvecError, match="takes no weights"):
         rv.sce(base, {rl: 1.0})  # type: ignore[arg-type]
+    with pytest.raises(rv.ReasonvecError, match="expected all, rows or columns"):
+        rv.nuslerp([base, rl], along="cols")  # type: ignore[arg-type]
 
 
 def test_importing_stays_light(tmp_path: Path) -> None:

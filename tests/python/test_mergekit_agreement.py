@@ -33,7 +33,8 @@ from shards import read_checkpoint
 import reasonvec as rv
 from reasonvec import reference as ref
 from reasonvec.json_values import Json
-from reasonvec.merging.methods import METHODS, Numerics
+from reasonvec.merging.method import Numerics
+from reasonvec.merging.methods import METHODS
 from reasonvec.reference import Dtype, Work
 
 pytestmark = [

@@ -49,6 +49,7 @@ def test_size_is_decimal() -> None:
         (12, 100, "12.0"),
         (3, 100, "3.00"),
         (9996, 100_000, "10.0"),
+        (3, 0, "0"),
     ],
 )
 def test_percent_says_zero_and_all_only_when_it_is_so(part: int, whole: int, said: str) -> None:

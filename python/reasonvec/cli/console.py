@@ -7,18 +7,52 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import click
 
 from reasonvec.errors import ReasonvecError
-from reasonvec.run import Progress
+from reasonvec.run import DEFAULT_BUDGET, Progress, RunOptions
 from reasonvec.wording import legible
 
-__all__ = ["emit", "fail", "guarded", "progress"]
+__all__ = ["Session", "fail", "guarded"]
+
+
+@dataclass(slots=True)
+class Session:
+    """How a command runs and answers: the values of the options that all of them have."""
+
+    threads: int = 0
+    memory_budget: int = DEFAULT_BUDGET
+    as_json: bool = False
+    quiet: bool = False
+
+    @property
+    def silent(self) -> bool:
+        """Whether people are told nothing besides the result."""
+        return self.quiet or self.as_json
+
+    @contextmanager
+    def running(self, label: str, *, bar: bool = True) -> Iterator[RunOptions]:
+        """The keywords of a pass, `guarded`, under a bar of progress."""
+        with guarded(), _progress(label, quiet=self.silent or not bar) as tell:
+            yield {
+                "threads": self.threads,
+                "memory_budget": self.memory_budget,
+                "progress": tell,
+            }
+
+    def emit(self, value: Callable[[], Mapping[str, object]], show: Callable[[], None]) -> None:
+        """The result: JSON, or what ``show`` prints, or nothing."""
+        if self.as_json:
+            json.dump(_finite(value()), sys.stdout, indent=2, allow_nan=False)
+            sys.stdout.write("\n")
+        elif not self.quiet:
+            show()
 
 
 @contextmanager
-def progress(label: str, *, quiet: bool) -> Iterator[Progress | None]:
+def _progress(label: str, *, quiet: bool) -> Iterator[Progress | None]:
     """A bar on standard error: bytes, rate, time left. Nothing where nobody looks at a terminal."""
     if quiet or not sys.stderr.isatty():
         yield None
@@ -43,21 +77,6 @@ def progress(label: str, *, quiet: bool) -> Iterator[Progress | None]:
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total or None)
-
-
-def emit(
-    value: Callable[[], Mapping[str, object]],
-    show: Callable[[], None],
-    *,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """The result: JSON, or what ``show`` prints, or nothing."""
-    if as_json:
-        json.dump(_finite(value()), sys.stdout, indent=2, allow_nan=False)
-        sys.stdout.write("\n")
-    elif not quiet:
-        show()
 
 
 def _finite(value: object) -> object:

@@ -8,24 +8,22 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from reasonvec import _reasonvec as core
 from reasonvec import open as open_point
-from reasonvec.cli.console import emit, guarded, progress
+from reasonvec.cli.console import Session
+from reasonvec.cli.operands import Pairs, opened, operands, selected, total
 from reasonvec.cli.options import (
     INPUT,
-    Pairs,
     digest_option,
     dry_run_option,
-    opened,
-    operands,
-    output_options,
+    html_option,
+    out_option,
     overwrite_option,
     ranking_options,
-    run_options,
-    running_options,
-    selected,
+    seed_option,
     selecting_options,
+    session_options,
     sync_option,
-    total,
     vector_sources,
 )
 
@@ -38,7 +36,7 @@ __all__ = ["compress", "factors", "from_lora", "spectrum", "to_lora"]
 @click.command()
 @click.argument("vectors", type=INPUT, metavar="[V]...", nargs=-1)
 @vector_sources
-@click.option("--out", "-o", type=INPUT, required=True, metavar="W", help="The new folder.")
+@out_option("W", "The new folder.")
 @ranking_options
 @click.option("--rescale", is_flag=True, help="Stretch every matrix to the norm that it had.")
 @dry_run_option
@@ -46,9 +44,9 @@ __all__ = ["compress", "factors", "from_lora", "spectrum", "to_lora"]
 @digest_option
 @overwrite_option
 @sync_option
-@running_options
-@output_options
+@session_options
 def compress(
+    session: Session,
     vectors: Sequence[Path],
     pairs: Pairs,
     base: Path | None,
@@ -58,15 +56,11 @@ def compress(
     include: Sequence[str],
     exclude: Sequence[str],
     digest: DigestName,
-    threads: int,
-    memory_budget: int,
     *,
     rescale: bool,
     dry_run: bool,
     overwrite: bool,
     sync: bool,
-    as_json: bool,
-    quiet: bool,
 ) -> None:
     """Write the sum of the vectors with every matrix as the product of two thin ones.
 
@@ -76,9 +70,8 @@ def compress(
     from reasonvec.cli.show import show_compress, show_factors_plan
 
     wanted = rank if energy is None else energy
-    with guarded(), progress("compressing", quiet=quiet or as_json or dry_run) as tell:
+    with session.running("compressing", bar=not dry_run) as options:
         vector = selected(total(operands(vectors, pairs, base), []), include, exclude)
-        options = run_options(threads, memory_budget, tell)
         if dry_run:
             plan = vector.plan_compress(rank=wanted, **options)
         else:
@@ -92,54 +85,50 @@ def compress(
                 **options,
             )
     if dry_run:
-        emit(plan.as_json, lambda: show_factors_plan(plan), as_json=as_json, quiet=quiet)
+        session.emit(plan.as_json, lambda: show_factors_plan(plan))
         return
-    emit(report.as_json, lambda: show_compress(report), as_json=as_json, quiet=quiet)
+    session.emit(report.as_json, lambda: show_compress(report))
 
 
 @click.command("from-lora")
 @click.argument("folder", type=INPUT, metavar="DIR")
 @click.option("--base", type=INPUT, metavar="B", help="The checkpoint that it was trained on.")
-@click.option("--out", "-o", type=INPUT, required=True, metavar="V", help="The vector's folder.")
+@out_option("V", "The vector's folder.")
 @digest_option
 @overwrite_option
 @sync_option
-@running_options
-@output_options
+@session_options
 def from_lora(
+    session: Session,
     folder: Path,
     base: Path | None,
     out: Path,
     digest: DigestName,
-    threads: int,
-    memory_budget: int,
     *,
     overwrite: bool,
     sync: bool,
-    as_json: bool,
-    quiet: bool,
 ) -> None:
     """Write the LoRA adapter DIR as a vector, with its own factors, bit for bit."""
     from reasonvec import adapter
     from reasonvec.cli.show import show_compress
     from reasonvec.lowrank import from_lora as run
 
-    with guarded(), progress("writing", quiet=quiet or as_json) as tell:
+    with session.running("writing") as options:
         report = run(
             adapter(folder, None if base is None else open_point(base)),
             out,
             digest=digest,
             overwrite=overwrite,
             sync=sync,
-            **run_options(threads, memory_budget, tell),
+            **options,
         )
-    emit(report.as_json, lambda: show_compress(report), as_json=as_json, quiet=quiet)
+    session.emit(report.as_json, lambda: show_compress(report))
 
 
 @click.command("to-lora")
 @click.argument("vectors", type=INPUT, metavar="[V]...", nargs=-1)
 @vector_sources
-@click.option("--out", "-o", type=INPUT, required=True, metavar="DIR", help="The adapter's folder.")
+@out_option("DIR", "The adapter's folder.")
 @ranking_options
 @click.option(
     "--base-model",
@@ -151,9 +140,9 @@ def from_lora(
 @selecting_options
 @overwrite_option
 @sync_option
-@running_options
-@output_options
+@session_options
 def to_lora(
+    session: Session,
     vectors: Sequence[Path],
     pairs: Pairs,
     base: Path | None,
@@ -163,22 +152,17 @@ def to_lora(
     base_model: str | None,
     include: Sequence[str],
     exclude: Sequence[str],
-    threads: int,
-    memory_budget: int,
     *,
     dry_run: bool,
     overwrite: bool,
     sync: bool,
-    as_json: bool,
-    quiet: bool,
 ) -> None:
     """Write the sum of the vectors as a LoRA adapter for PEFT, and say what it cannot carry."""
     from reasonvec.cli.show import show_factors_plan, show_lora
 
     wanted = rank if energy is None else energy
-    with guarded(), progress("exporting", quiet=quiet or as_json or dry_run) as tell:
+    with session.running("exporting", bar=not dry_run) as options:
         vector = selected(total(operands(vectors, pairs, base), []), include, exclude)
-        options = run_options(threads, memory_budget, tell)
         if dry_run:
             plan = vector.plan_lora(rank=wanted, **options)
         else:
@@ -186,15 +170,15 @@ def to_lora(
                 out, rank=wanted, base=base_model, overwrite=overwrite, sync=sync, **options
             )
     if dry_run:
-        emit(plan.as_json, lambda: show_factors_plan(plan), as_json=as_json, quiet=quiet)
+        session.emit(plan.as_json, lambda: show_factors_plan(plan))
         return
-    emit(report.as_json, lambda: show_lora(report), as_json=as_json, quiet=quiet)
+    session.emit(report.as_json, lambda: show_lora(report))
 
 
 @click.command()
 @click.argument("path", type=INPUT, metavar="[PATH]", required=False)
 @vector_sources
-@click.option("--html", type=INPUT, metavar="FILE", help="One self-contained page with plots.")
+@html_option("One self-contained page with plots.")
 @click.option(
     "--count",
     type=click.IntRange(min=1),
@@ -203,45 +187,38 @@ def to_lora(
     help="Singular values of a matrix; all of them where more than these exceed the floor.",
 )
 @click.option("--all-values", is_flag=True, help="Every singular value (slow for large matrices).")
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="For the signs of the noise floor."
-)
-@running_options
-@output_options
+@seed_option("For the signs of the noise floor.")
+@session_options
 def spectrum(
+    session: Session,
     path: Path | None,
     pairs: Pairs,
     base: Path | None,
     html: Path | None,
     count: int,
     seed: int,
-    threads: int,
-    memory_budget: int,
     *,
     all_values: bool,
-    as_json: bool,
-    quiet: bool,
 ) -> None:
     """Singular values of a vector or a checkpoint against the noise floor, by layer and module."""
     from reasonvec.cli.show import show_spectra
 
-    with guarded(), progress("decomposing", quiet=quiet or as_json) as tell:
+    with session.running("decomposing") as options:
         report = opened(path, pairs, base).spectrum(
             count=None if all_values else count,
             seed=seed,
-            **run_options(threads, memory_budget, tell),
+            **options,
         )
         if html is not None:
-            from reasonvec._reasonvec import write_whole
             from reasonvec.page import spectrum_page
 
-            write_whole(html, spectrum_page(report).encode(), sync=False)
-    emit(report.as_json, lambda: show_spectra(report, html), as_json=as_json, quiet=quiet)
+            core.write_whole(html, spectrum_page(report).encode(), sync=False)
+    session.emit(report.as_json, lambda: show_spectra(report, html))
 
 
 @click.command()
 @click.argument("model", type=INPUT, metavar="MODEL")
-@click.option("--out", "-o", type=INPUT, required=True, metavar="FILE", help="The factor file.")
+@out_option("FILE", "The factor file.")
 @click.option("--rank", type=click.IntRange(min=1), required=True, help="Triplets of each matrix.")
 @click.option(
     "--which",
@@ -251,12 +228,10 @@ def spectrum(
     help="The smallest, exact (KaSA, MiLoRA), or the largest (PiSSA).",
 )
 @selecting_options
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="For the random matrix of the largest."
-)
-@running_options
-@output_options
+@seed_option("For the random matrix of the largest.")
+@session_options
 def factors(
+    session: Session,
     model: Path,
     out: Path,
     rank: int,
@@ -264,11 +239,6 @@ def factors(
     include: Sequence[str],
     exclude: Sequence[str],
     seed: int,
-    threads: int,
-    memory_budget: int,
-    *,
-    as_json: bool,
-    quiet: bool,
 ) -> None:
     """The largest or smallest singular triplets of MODEL's matrices, for adapters to start from.
 
@@ -276,10 +246,10 @@ def factors(
     and routers are left out unless --include finds them.
     """
     from reasonvec.cli.show import show_factors
-    from reasonvec.factors import write_factors
+    from reasonvec.factor_cache import write_factors
 
     made: set[str] = set()
-    with guarded(), progress("factoring", quiet=quiet or as_json) as tell:
+    with session.running("factoring") as options:
         written = write_factors(
             open_point(model),
             out,
@@ -289,7 +259,7 @@ def factors(
             exclude=exclude,
             seed=seed,
             tell=made.add,
-            **run_options(threads, memory_budget, tell),
+            **options,
         )
     report = {"file": str(out), "made": len(made), "tensors": written.rows}
-    emit(lambda: report, lambda: show_factors(written, len(made)), as_json=as_json, quiet=quiet)
+    session.emit(lambda: report, lambda: show_factors(written, len(made)))

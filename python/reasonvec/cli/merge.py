@@ -9,22 +9,24 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import click
 
-from reasonvec.cli.console import emit, guarded, progress
+from reasonvec.cli.console import Session
 from reasonvec.cli.options import (
     INPUT,
     digest_option,
+    missing_option,
     nonfinite_option,
-    output_options,
+    out_dtype_option,
     overwrite_option,
-    run_options,
-    running_options,
+    resume_option,
+    seed_option,
+    session_options,
     sync_option,
 )
 
 if TYPE_CHECKING:
     from reasonvec.apply import OutDtype
     from reasonvec.compat.alignment import MissingPolicy
-    from reasonvec.merging.methods import Numerics
+    from reasonvec.merging.method import Numerics
     from reasonvec.run import DigestName
 
 __all__ = ["merge"]
@@ -116,26 +118,10 @@ def _shard_size(context: click.Context, parameter: click.Parameter, text: str) -
     show_default=True,
     help="Whose rounding of steps, rescaling of what is dropped, and zeros.",
 )
-@click.option(
-    "--random-seed",
-    type=click.IntRange(0, 2**64 - 1),
-    default=0,
-    show_default=True,
-    help="For the methods that drop elements at random.",
-)
+@seed_option("For the methods that drop elements at random.", "--random-seed")
 @click.option("--strict", is_flag=True, help="A key that is not known is an error.")
-@click.option(
-    "--missing",
-    type=click.Choice(["error", "skip"]),
-    default="error",
-    show_default=True,
-    help="What a tensor is that some models lack.",
-)
-@click.option(
-    "--out-dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="In place of the config's.",
-)
+@missing_option("What a tensor is that some models lack.")
+@out_dtype_option("In place of the config's.")
 @click.option(
     "--copy-tokenizer/--no-copy-tokenizer",
     default=True,
@@ -149,18 +135,18 @@ def _shard_size(context: click.Context, parameter: click.Parameter, text: str) -
     is_flag=True,
     help="Say what would become of every tensor, and every problem; write nothing.",
 )
-@click.option("--resume", is_flag=True, help="Continue an unfinished run.")
+@resume_option
 @overwrite_option
 @sync_option
 @click.option("--num-threads", type=click.IntRange(min=0), hidden=True)
 @click.option("--verbose", "-v", count=True, hidden=True, expose_value=False)
 @click.option("--no-quiet", is_flag=True, hidden=True, expose_value=False)
 @_idle_options
-@running_options
-@output_options
+@session_options
 @click.pass_context
 def merge(
     context: click.Context,
+    session: Session,
     config: Path,
     out: Path,
     shard_size: int,
@@ -170,8 +156,6 @@ def merge(
     out_dtype: OutDtype | None,
     digest: DigestName,
     num_threads: int | None,
-    threads: int,
-    memory_budget: int,
     *,
     strict: bool,
     copy_tokenizer: bool,
@@ -181,22 +165,22 @@ def merge(
     resume: bool,
     overwrite: bool,
     sync: bool,
-    as_json: bool,
-    quiet: bool,
 ) -> None:
     """Merge models as a mergekit YAML says, in one pass."""
     from reasonvec.compat.problem import demand
     from reasonvec.config import read_recipe
 
-    if not quiet and not as_json:
+    if num_threads is not None:
+        session.threads = num_threads
+    if not session.silent:
         for note in context.meta.get(_NOTES, []):
             click.echo(f"note: {note}", err=True)
-    with guarded(), progress("merging", quiet=quiet or as_json or dry_run) as tell:
+    with session.running("merging", bar=not dry_run) as options:
         recipe = read_recipe(config, strict=strict)
         if recipe.merge is None:
             # No plan will tell the warnings, and a typo may be what is behind an error.
             for problem in recipe.problems:
-                if problem.severity == "warning" and not quiet and not as_json:
+                if problem.severity == "warning" and not session.silent:
                     click.echo(f"warning: {problem.message}", err=True)
             demand(recipe.problems)
             raise SystemExit(2)
@@ -214,7 +198,7 @@ def merge(
             resume=resume,
             overwrite=overwrite,
             sync=sync,
-            **run_options(threads if num_threads is None else num_threads, memory_budget, tell),
+            **options,
         )
         # What is wrong with the file comes before what is wrong with the models.
         plan.problems[:0] = recipe.problems
@@ -228,5 +212,5 @@ def merge(
         else:
             show_apply(report)
 
-    emit(plan.as_json if report is None else report.as_json, show, as_json=as_json, quiet=quiet)
+    session.emit(plan.as_json if report is None else report.as_json, show)
     raise SystemExit(1 if report is None and plan.errors else 0)

@@ -1,4 +1,4 @@
-"""The options that commands share, and what their values mean.
+"""The options that commands share.
 
 A block of options that several commands take is one decorator here; the order in which a command
 names the blocks is the order of its help.
@@ -7,43 +7,36 @@ names the blocks is the order of its help.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import click
 
-from reasonvec import open as open_point
-from reasonvec.run import Progress, RunOptions
-
-if TYPE_CHECKING:
-    from reasonvec.algebra import Checkpoint, Vector
+from reasonvec.cli.console import Session
 
 __all__ = [
     "INPUT",
-    "Pairs",
     "digest_option",
     "dry_run_option",
+    "html_option",
+    "missing_option",
     "nonfinite_option",
-    "opened",
-    "operands",
-    "output_options",
+    "out_dtype_option",
+    "out_option",
     "overwrite_option",
     "placing_options",
-    "prefixes",
     "ranking_options",
-    "run_options",
-    "running_options",
-    "selected",
+    "resume_option",
+    "seed_option",
     "selecting_options",
+    "session_options",
     "sync_option",
-    "total",
     "vector_sources",
 ]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-Pairs: TypeAlias = Sequence[tuple[Path, Path]]
 
 INPUT = click.Path(path_type=Path)
 
@@ -72,6 +65,13 @@ def _rank(context: click.Context, parameter: click.Parameter, text: str) -> int 
         raise click.BadParameter(message, context, parameter)
     return int(text)
 
+
+def _keep(context: click.Context, parameter: click.Parameter, value: object) -> None:
+    """Put an option of every command into the session."""
+    setattr(context.ensure_object(Session), str(parameter.name), value)
+
+
+_pass_session = click.make_pass_decorator(Session, ensure=True)
 
 _FROM = click.option(
     "--from",
@@ -117,13 +117,6 @@ _VOCAB = click.option(
     show_default=True,
     help="What to do with embeddings and head if vocabularies differ.",
 )
-_MISSING = click.option(
-    "--missing",
-    type=click.Choice(["error", "skip"]),
-    default="error",
-    show_default=True,
-    help="What a tensor is that one side lacks.",
-)
 _MAP_PREFIX = click.option(
     "--map-prefix",
     multiple=True,
@@ -135,18 +128,32 @@ _THREADS = click.option(
     "-j",
     type=click.IntRange(min=0),
     default=0,
+    expose_value=False,
+    callback=_keep,
     help="Workers.  [default: one per processor]",
 )
 _MEMORY_BUDGET = click.option(
     "--memory-budget",
-    callback=_size,
+    expose_value=False,
+    callback=lambda context, parameter, text: _keep(
+        context, parameter, _size(context, parameter, text)
+    ),
     metavar="SIZE",
     default="64MiB",
     show_default=True,
     help="Memory that the workers may hold together.",
 )
-_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-_QUIET = click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
+_JSON = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    expose_value=False,
+    callback=_keep,
+    help="One JSON object on standard output.",
+)
+_QUIET = click.option(
+    "--quiet", "-q", is_flag=True, expose_value=False, callback=_keep, help="Print errors only."
+)
 
 digest_option = click.option(
     "--digest",
@@ -164,12 +171,52 @@ nonfinite_option = click.option(
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Replace an earlier output of reasonvec in the folder."
 )
+resume_option = click.option("--resume", is_flag=True, help="Continue an unfinished run.")
 sync_option = click.option(
     "--sync/--no-sync",
     default=True,
     show_default=True,
     help="Flush files to the disk before they get their final names.",
 )
+
+
+class _Option(Protocol):
+    def __call__(self, command: Callable[_P, _R], /) -> Callable[_P, _R]:
+        """The command with the option."""
+
+
+def out_option(metavar: str, meaning: str) -> _Option:
+    """`--out`, `-o`: what is written, and what it is called in the help."""
+    return click.option("--out", "-o", type=INPUT, required=True, metavar=metavar, help=meaning)
+
+
+def out_dtype_option(meaning: str) -> _Option:
+    """`--out-dtype`."""
+    dtypes = click.Choice(["float32", "float16", "bfloat16"])
+    return click.option("--out-dtype", type=dtypes, help=meaning)
+
+
+def missing_option(meaning: str) -> _Option:
+    """`--missing`."""
+    return click.option(
+        "--missing",
+        type=click.Choice(["error", "skip"]),
+        default="error",
+        show_default=True,
+        help=meaning,
+    )
+
+
+def html_option(meaning: str) -> _Option:
+    """`--html`."""
+    return click.option("--html", type=INPUT, metavar="FILE", help=meaning)
+
+
+def seed_option(meaning: str, name: str = "--seed") -> _Option:
+    """What everything random is drawn from."""
+    return click.option(
+        name, type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help=meaning
+    )
 
 
 def vector_sources(command: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -189,78 +236,10 @@ def selecting_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def placing_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
     """How a vector is laid onto a target."""
-    return _VOCAB(_MISSING(_MAP_PREFIX(command)))
+    missing = missing_option("What a tensor is that one side lacks.")
+    return _VOCAB(missing(_MAP_PREFIX(command)))
 
 
-def running_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
-    """How a pass is run."""
-    return _THREADS(_MEMORY_BUDGET(command))
-
-
-def output_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
-    """`--json`, `--quiet`."""
-    return _JSON(_QUIET(command))
-
-
-def run_options(threads: int, memory_budget: int, tell: Progress | None) -> RunOptions:
-    """The keywords that every pass takes."""
-    return {"threads": threads, "memory_budget": memory_budget, "progress": tell}
-
-
-def selected(vector: Vector, include: Sequence[str], exclude: Sequence[str]) -> Vector:
-    """What `selecting_options` leave of it."""
-    return vector.where(include=include, exclude=exclude) if include or exclude else vector
-
-
-def operands(
-    vectors: Sequence[Path], pairs: Pairs, base: Path | None, *, only: int | None = None
-) -> list[Vector]:
-    """The vectors of a command line: folders, of vectors or of adapters, then differences."""
-    from reasonvec import adapter, load
-    from reasonvec.adapter import is_adapter
-
-    found = len(vectors) + len(pairs)
-    if not found or (only is not None and found != only):
-        wanted = {None: "at least one vector", 1: "one vector", 2: "two vectors"}[only]
-        message = f"expected {wanted} (a folder, or --from POSITIVE NEGATIVE), found {found}"
-        raise click.UsageError(message)
-    point = None if base is None else open_point(base)
-    folders = [adapter(path, point) if is_adapter(path) else load(path) for path in vectors]
-    return folders + [open_point(p) - open_point(n) for p, n in pairs]
-
-
-def opened(path: Path | None, pairs: Pairs, base: Path | None) -> Vector | Checkpoint:
-    """The one thing that a command line names: a checkpoint, or one of `operands`."""
-    from reasonvec.adapter import is_adapter
-    from reasonvec.folders import is_vector
-
-    if path is not None and not pairs and not is_vector(path) and not is_adapter(path):
-        return open_point(path)
-    if path is None and not pairs:
-        message = "expected a vector, a checkpoint or --from POSITIVE NEGATIVE, found nothing"
-        raise click.UsageError(message)
-    return operands([] if path is None else [path], pairs, base, only=1)[0]
-
-
-def total(vectors: list[Vector], alphas: Sequence[float]) -> Vector:
-    """Their sum, the first ones times their alphas."""
-    if len(alphas) > len(vectors):
-        message = f"--alpha was given {len(alphas)} times for {len(vectors)} vectors"
-        raise click.UsageError(message)
-    scaled = [a * v for a, v in zip(alphas, vectors, strict=False)] + vectors[len(alphas) :]
-    summed = scaled[0]
-    for vector in scaled[1:]:
-        summed = summed + vector
-    return summed
-
-
-def prefixes(values: Sequence[str]) -> list[tuple[str, str]]:
-    """The pairs of `--map-prefix`."""
-    found = []
-    for value in values:
-        target, equals, vector = value.partition("=")
-        if not equals:
-            message = f"--map-prefix takes A=B, found {value!r}"
-            raise click.UsageError(message)
-        found.append((target, vector))
-    return found
+def session_options(command: Callable[Concatenate[Session, _P], _R]) -> Callable[_P, _R]:
+    """How a command runs and answers; it gets them as its first argument."""
+    return _THREADS(_MEMORY_BUDGET(_JSON(_QUIET(_pass_session(command)))))

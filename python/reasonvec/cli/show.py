@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from reasonvec.check import CheckReport, Distances
     from reasonvec.compare import Comparison, Pair
     from reasonvec.extract import ExtractReport, Row
-    from reasonvec.factors import Factors
+    from reasonvec.factor_cache import Factors
     from reasonvec.inspection import GroupMeasure, Inspection
     from reasonvec.lora import LeftOut, LoraReport
     from reasonvec.lowrank import CompressReport, FactorsPlan

@@ -9,24 +9,22 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from reasonvec import open as open_point
-from reasonvec.cli.console import emit, guarded, progress
+from reasonvec.cli.console import Session
+from reasonvec.cli.operands import Pairs, operands, prefixes, selected, total
 from reasonvec.cli.options import (
     INPUT,
-    Pairs,
     digest_option,
     dry_run_option,
     nonfinite_option,
-    operands,
-    output_options,
+    out_dtype_option,
+    out_option,
     overwrite_option,
     placing_options,
-    prefixes,
-    run_options,
-    running_options,
-    selected,
+    resume_option,
+    seed_option,
     selecting_options,
+    session_options,
     sync_option,
-    total,
     vector_sources,
 )
 
@@ -45,20 +43,15 @@ __all__ = ["apply", "check", "extract", "undo"]
 @click.argument("negative", type=INPUT, metavar="N")
 @click.argument("target", type=INPUT, metavar="[T]", required=False)
 @placing_options
-@running_options
-@output_options
+@session_options
 def check(
+    session: Session,
     positive: Path,
     negative: Path,
     target: Path | None,
     vocab: VocabPolicy,
     missing: MissingPolicy,
     map_prefix: Sequence[str],
-    threads: int,
-    memory_budget: int,
-    *,
-    as_json: bool,
-    quiet: bool,
 ) -> None:
     """Do the donors P and N, and the target T, fit together, and how close are they?
 
@@ -67,7 +60,7 @@ def check(
     from reasonvec.check import check as run
     from reasonvec.cli.show import show_check
 
-    with guarded(), progress("checking", quiet=quiet or as_json) as tell:
+    with session.running("checking") as options:
         report = run(
             open_point(positive),
             open_point(negative),
@@ -75,16 +68,16 @@ def check(
             vocab=vocab,
             missing=missing,
             map_prefix=prefixes(map_prefix),
-            **run_options(threads, memory_budget, tell),
+            **options,
         )
-    emit(report.as_json, lambda: show_check(report), as_json=as_json, quiet=quiet)
+    session.emit(report.as_json, lambda: show_check(report))
     raise SystemExit(0 if report.ok else 1)
 
 
 @click.command()
 @click.argument("positive", type=INPUT, metavar="P")
 @click.argument("negative", type=INPUT, metavar="N")
-@click.option("--out", "-o", type=INPUT, required=True, metavar="DIR", help="The vector's folder.")
+@out_option("DIR", "The vector's folder.")
 @click.option(
     "--encoding",
     type=click.Choice(["auto", "dense", "sparse"]),
@@ -97,9 +90,9 @@ def check(
 @nonfinite_option
 @overwrite_option
 @sync_option
-@running_options
-@output_options
+@session_options
 def extract(
+    session: Session,
     positive: Path,
     negative: Path,
     out: Path,
@@ -107,19 +100,15 @@ def extract(
     include: Sequence[str],
     exclude: Sequence[str],
     digest: DigestName,
-    threads: int,
-    memory_budget: int,
     *,
     allow_nonfinite: bool,
     overwrite: bool,
     sync: bool,
-    as_json: bool,
-    quiet: bool,
 ) -> None:
     """Write the vector P - N, exactly: negative + vector == positive is checked bit for bit."""
     from reasonvec.cli.show import show_extract
 
-    with guarded(), progress("extracting", quiet=quiet or as_json) as tell:
+    with session.running("extracting") as options:
         vector = selected(open_point(positive) - open_point(negative), include, exclude)
         report = vector.save(
             out,
@@ -128,9 +117,9 @@ def extract(
             allow_nonfinite=allow_nonfinite,
             overwrite=overwrite,
             sync=sync,
-            **run_options(threads, memory_budget, tell),
+            **options,
         )
-    emit(report.as_json, lambda: show_extract(report), as_json=as_json, quiet=quiet)
+    session.emit(report.as_json, lambda: show_extract(report))
     raise SystemExit(1 if report.exact is False else 0)
 
 
@@ -140,9 +129,7 @@ def extract(
 @click.option(
     "--to", type=INPUT, required=True, metavar="T", help="The target; it is never changed."
 )
-@click.option(
-    "--out", "-o", type=INPUT, required=True, metavar="DIR", help="The new checkpoint's folder."
-)
+@out_option("DIR", "The new checkpoint's folder.")
 @click.option(
     "--alpha",
     "-a",
@@ -166,15 +153,9 @@ def extract(
     help="A control in place of the vectors: noise of the same norm, minus the vector, the same "
     "values elsewhere.",
 )
-@click.option(
-    "--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="For --control."
-)
+@seed_option("For --control.")
 @placing_options
-@click.option(
-    "--out-dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="The target's by default.",
-)
+@out_dtype_option("The target's by default.")
 @click.option(
     "--chat-template-from", type=INPUT, metavar="DIR", help="Take this folder's chat template."
 )
@@ -182,12 +163,12 @@ def extract(
 @click.option("--keep-undo", is_flag=True, help="Store the exact way back beside the output.")
 @nonfinite_option
 @dry_run_option
-@click.option("--resume", is_flag=True, help="Continue an unfinished run.")
+@resume_option
 @overwrite_option
 @sync_option
-@running_options
-@output_options
+@session_options
 def apply(
+    session: Session,
     vectors: Sequence[Path],
     pairs: Pairs,
     base: Path | None,
@@ -206,8 +187,6 @@ def apply(
     out_dtype: OutDtype | None,
     chat_template_from: Path | None,
     digest: DigestName,
-    threads: int,
-    memory_budget: int,
     *,
     keep_undo: bool,
     allow_nonfinite: bool,
@@ -215,11 +194,9 @@ def apply(
     resume: bool,
     overwrite: bool,
     sync: bool,
-    as_json: bool,
-    quiet: bool,
 ) -> None:
     """Add vectors to the target T in one pass, and write the result with a record of its making."""
-    with guarded(), progress("applying", quiet=quiet or as_json or dry_run) as tell:
+    with session.running("applying", bar=not dry_run) as options:
         vector = total(operands(vectors, pairs, base), alpha)
         if alpha_for:
             vector = vector.alpha_for(dict(_rule(rule) for rule in alpha_for))
@@ -241,7 +218,7 @@ def apply(
             resume=resume,
             overwrite=overwrite,
             sync=sync,
-            **run_options(threads, memory_budget, tell),
+            **options,
         )
         report = None if dry_run else plan.run()
 
@@ -250,46 +227,40 @@ def apply(
 
         show_plan(plan) if report is None else show_apply(report)
 
-    emit(plan.as_json if report is None else report.as_json, show, as_json=as_json, quiet=quiet)
+    session.emit(plan.as_json if report is None else report.as_json, show)
     raise SystemExit(1 if report is None and plan.errors else 0)
 
 
 @click.command()
 @click.argument("folder", type=INPUT, metavar="DIR")
-@click.option(
-    "--out", "-o", type=INPUT, required=True, metavar="ORIG", help="Where to put the target."
-)
+@out_option("ORIG", "Where to put the target.")
 @click.option("--source", type=INPUT, metavar="T", help="Where the target is now, if it has moved.")
 @overwrite_option
 @sync_option
-@running_options
-@output_options
+@session_options
 def undo(
+    session: Session,
     folder: Path,
     out: Path,
     source: Path | None,
-    threads: int,
-    memory_budget: int,
     *,
     overwrite: bool,
     sync: bool,
-    as_json: bool,
-    quiet: bool,
 ) -> None:
     """Give back the original target of DIR, an output of apply, bit for bit."""
     from reasonvec.cli.show import show_undo
     from reasonvec.undo import undo as run
 
-    with guarded(), progress("undoing", quiet=quiet or as_json) as tell:
+    with session.running("undoing") as options:
         report = run(
             folder,
             out,
             source=source,
             overwrite=overwrite,
             sync=sync,
-            **run_options(threads, memory_budget, tell),
+            **options,
         )
-    emit(report.as_json, lambda: show_undo(report), as_json=as_json, quiet=quiet)
+    session.emit(report.as_json, lambda: show_undo(report))
 
 
 def _rule(text: str) -> tuple[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from reasonvec.compat.tokenizer import read_tokens
@@ -103,22 +104,36 @@ class Layout:
                 return f"{name} is a weight of {info.dtype} codes"
         return None
 
-    def names(self) -> dict[str, str]:
+    def names(self) -> Mapping[str, str]:
         """Canonical name to the name in the files, one for each matrix of its own.
 
         Embeddings and head are one matrix, under the name of the embeddings, where `__metadata__`
         says that one is another name for the other (safetensors' save_model does, and keeps either
         of them), and where a tied model stores its head as well.
         """
-        spellings = self._spellings()
-        copies = self.copies()
-        return {name: stored for name, stored in spellings.items() if stored not in copies}
+        return self._names
 
-    def copies(self) -> dict[str, str]:
+    def copies(self) -> Mapping[str, str]:
         """Stored name to the stored name of which it must be an exact copy: the head that a tied
         model lists beside its embeddings. Only the data can tell: whoever reads it must compare
         them, and refuse if they differ, because such a model is loaded untied."""
-        spellings = self._spellings()
+        return self._copies
+
+    def vocabulary(self) -> tuple[str | None, str | None]:
+        """Canonical names of the token embedding and of a head that is a matrix of its own; None
+        for what is not there, or not alone."""
+        return self._vocabulary
+
+    # All of these are asked again and again, and a mixture has tens of thousands of tensors.
+
+    @cached_property
+    def _names(self) -> Mapping[str, str]:
+        spellings, copies = self._spellings, self._copies
+        return {name: stored for name, stored in spellings.items() if stored not in copies}
+
+    @cached_property
+    def _copies(self) -> Mapping[str, str]:
+        spellings = self._spellings
         embedding, head = _vocabulary(spellings)
         if not self.tied or embedding is None or head is None:
             return {}
@@ -127,12 +142,12 @@ class Layout:
             return {}
         return {ours.name: theirs.name}
 
-    def vocabulary(self) -> tuple[str | None, str | None]:
-        """Canonical names of the token embedding and of a head that is a matrix of its own; None
-        for what is not there, or not alone."""
-        return _vocabulary(self.names())
+    @cached_property
+    def _vocabulary(self) -> tuple[str | None, str | None]:
+        return _vocabulary(self._names)
 
-    def _spellings(self) -> dict[str, str]:
+    @cached_property
+    def _spellings(self) -> Mapping[str, str]:
         embeddings = {
             kept: alias
             for alias, kept in self.metadata.items()

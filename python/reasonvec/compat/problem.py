@@ -14,9 +14,8 @@ __all__ = ["Problem", "Severity", "demand", "fold", "shorten"]
 Severity: TypeAlias = Literal["error", "warning"]
 
 _NUMBER = re.compile(r"\d+")
-_SHOWN = (
-    20  # a model of other depth has hundreds of missing tensors; their kinds are what one reads
-)
+# A model of other depth has hundreds of missing tensors; their kinds are what one reads.
+_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Concatenate, ParamSpec, Protocol, Ty
 from reasonvec import _reasonvec as core
 from reasonvec.errors import NonFiniteError, ReasonvecError
 from reasonvec.json_values import Json
-from reasonvec.merging.methods import BaseRule, Method, Reader
+from reasonvec.merging.method import BaseRule, Method, Reader
 from reasonvec.merging.parameters import Parameter, setting
 from reasonvec.terms import elements
 

@@ -3,63 +3,41 @@ and everything that stands in the way. Headers and small files only."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 from reasonvec.compat.alignment import folder_problems
 from reasonvec.compat.configs import compare_functions
-from reasonvec.compat.layout import FLOATS, TensorInfo
+from reasonvec.compat.layout import FLOATS
 from reasonvec.compat.problem import Problem, Severity
 from reasonvec.compat.rows import compare_tokenizers
 from reasonvec.errors import ReasonvecError
 from reasonvec.folders import CheckpointFolder
 from reasonvec.json_values import Json
-from reasonvec.merging.custom import Computation, Custom
 from reasonvec.merging.inputs import Input, MergedInput, PointInput, is_behind, renumbered
 from reasonvec.merging.layers import LayerOrigin, restacked_config
-from reasonvec.merging.methods import LinearMethod, Numerics
+from reasonvec.merging.method import Numerics
 from reasonvec.merging.parameters import Place
-from reasonvec.merging.reader import TensorReader
 from reasonvec.merging.slices import OpenedModel, OpenedSlice, same_input
-from reasonvec.merging.stages import Staged, Stages
-from reasonvec.merging.sums import moved, plain, times
-from reasonvec.merging.vocabulary import Vocabulary, lay_rows
-from reasonvec.names import is_embedding, is_vocabulary
+from reasonvec.merging.stages import Stages
+from reasonvec.merging.tensors import (
+    BUFFERS,
+    DTYPES,
+    MergedTensor,
+    MergeMissing,
+    Slot,
+    TensorPlanner,
+)
+from reasonvec.merging.vocabulary import Vocabulary
+from reasonvec.names import is_vocabulary
 from reasonvec.terms import Operands, elements
 
 if TYPE_CHECKING:
     from reasonvec.merging.merge import Merge, Module, Slice
 
-__all__ = ["MergeMissing", "MergedTensor", "Plan", "plan_merge"]
-
-MergeMissing: TypeAlias = Literal["error", "skip"]
-
-_DTYPES: dict[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-# Buffers that a model computes by itself: older files list them, newer ones do not.
-_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(?:masked_)?bias$|position_ids$")
-
-
-@dataclass(frozen=True, slots=True)
-class MergedTensor:
-    """One tensor of the output. ``plan`` is the core's; ``why`` says why it is only copied."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    plan: Json
-    inputs: tuple[str, ...]
-    why: str | None = None
-    stored: str = ""
-    """The dtype of the tensor whose place it takes."""
-
-    @property
-    def coefficients(self) -> tuple[float, ...]:
-        terms = self.plan["terms"]
-        assert isinstance(terms, list)
-        return tuple(float(str(term["coefficient"])) for term in terms)
+__all__ = ["Plan", "plan_merge"]
 
 
 @dataclass(frozen=True)
@@ -77,17 +55,10 @@ class Plan:
 
 
 @dataclass
-class _Planner:
-    merge: Merge
-    operands: Operands
-    stages: Stages
-    missing: MergeMissing
-    numerics: Numerics
-    seed: int
-    problems: list[Problem] = field(default_factory=list)
+class _Planner(TensorPlanner):
+    """The whole merge: which tensors there are, and what stands in the way of all of them."""
+
     inputs: dict[int, Input] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)
-    staged: dict[int, Staged] = field(default_factory=dict)
 
     # ---- opening
 
@@ -177,9 +148,6 @@ class _Planner:
                 f"{source.label}: layer_range {list(layers)}, but it has {count} layers; the end "
                 "of a range is one past its last layer",
             )
-
-    def error(self, kind: str, message: str, tensor: str | None = None) -> None:
-        self.problems.append(Problem(kind, message, tensor))
 
     # ---- the whole
 
@@ -327,7 +295,7 @@ class _Planner:
             )
         if names.keys() - done:
             copied = {n: s for n, s in names.items() if n not in done}
-            found += [self._copy(n, donor, "no module takes it") for n in copied]
+            found += [self.copied(n, donor, "no module takes it") for n in copied]
         return found, origins
 
     def _whole(
@@ -343,7 +311,8 @@ class _Planner:
             info = donor.layout.tensors[stored]
             place = Place(name, depth)
             ramp = 1.0 if behind else depth
-            yield self._tensor(info, info.name, name, None, part, place, ramp, vocabulary)
+            rows = _moved_rows(vocabulary, name)
+            yield self.merged(Slot(info, info.name, name, None, part, place, ramp, rows))
 
     def _sliced(
         self,
@@ -356,12 +325,14 @@ class _Planner:
         stack = donor.stack
         outside = [name for name in names if stack.layer(name) is None]
         total = sum(part.length or 0 for part in parts)
+
+        def beside(name: str, part: OpenedSlice, ramp: float) -> MergedTensor:
+            info, rows = donor.layout.tensors[names[name]], _moved_rows(vocabulary, name)
+            return self.merged(Slot(info, info.name, name, None, part, Place(name), ramp, rows))
+
         for name in outside:
             if not is_behind(name):
-                info = donor.layout.tensors[names[name]]
-                yield self._tensor(
-                    info, info.name, name, None, parts[0], Place(name), 0.0, vocabulary
-                )
+                yield beside(name, parts[0], 0.0)
         at = 0
         for part in parts:
             frame, length = part.frame, part.length or 0
@@ -380,14 +351,12 @@ class _Planner:
                     info = frame.input.layout.tensors[theirs[name]]
                     out = renumbered(info.name, at)
                     place = Place(renumbered(name, at), depth)
-                    yield self._tensor(info, out, name, k, part, place, ramp, vocabulary)
+                    rows = _moved_rows(vocabulary, name)
+                    yield self.merged(Slot(info, out, name, k, part, place, ramp, rows))
                 at += 1
         for name in outside:
             if is_behind(name):
-                info = donor.layout.tensors[names[name]]
-                yield self._tensor(
-                    info, info.name, name, None, parts[-1], Place(name), 1.0, vocabulary
-                )
+                yield beside(name, parts[-1], 1.0)
 
     def _check_names(self, part: OpenedSlice, module: Module, donor: Input) -> None:
         """What an input has and the output would not."""
@@ -395,7 +364,7 @@ class _Planner:
         severity: Severity = "error" if self.missing == "error" else "warning"
         for model in part.models:
             for name, stored in model.input.names.items():
-                if name in have or not module.takes(name) or _BUFFERS.search(name):
+                if name in have or not module.takes(name) or BUFFERS.search(name):
                     continue
                 message = (
                     f"{model.input.label}: {stored} has no place: {donor.label} lacks it; take "
@@ -403,313 +372,11 @@ class _Planner:
                 )
                 self.problems.append(Problem("unused", message, stored, severity))
 
-    def _copy(self, name: str, source: Input, why: str) -> MergedTensor:
-        info = source.layout.tensors[source.names[name]]
-        whole = source.whole(name, self.operands)
-        target = None if whole is None else whole.get("tensor")
-        terms = [] if target is not None else source.terms(name, self.operands)
-        return self._settled(info, info.name, info.shape, target, terms, [], None, why)
 
-    def _settled(
-        self,
-        info: TensorInfo,
-        name: str,
-        shape: tuple[int, ...],
-        target: object,
-        terms: list[Json],
-        equal: list[Json],
-        method: Json | None,
-        why: str | None = None,
-        inputs: tuple[str, ...] = (),
-        steps: str | None = None,
-    ) -> MergedTensor:
-        plan: Json = {
-            "name": name,
-            "dtype": info.dtype,
-            "shape": list(shape),
-            "target": target,
-            "terms": terms,
-            "equal": equal,
-        }
-        if method is not None:
-            plan["method"] = method
-        if steps is not None:
-            plan["steps"] = steps
-        return MergedTensor(name, info.dtype, shape, plan, inputs, why, info.dtype)
-
-    def _tensor(
-        self,
-        info: TensorInfo,
-        out: str,
-        name: str,
-        layer: int | None,
-        part: OpenedSlice,
-        place: Place,
-        ramp: float,
-        vocabulary: Vocabulary | None,
-    ) -> MergedTensor:
-        """One output tensor; ``name`` is its canonical name in the slice's frame."""
-        base, models = part.base, part.models
-        rows = vocabulary if vocabulary is not None and is_vocabulary(name) else None
-        if rows is not None and not rows.moves:
-            rows = None
-        missing = [m for m in (base, *models) if m is not None and not self._has(m, name, layer)]
-        if missing:
-            return self._lacking(info, out, name, layer, part, missing)
-        here = [m for m in (base, *models) if m is not None]
-        infos = [m.input.layout.tensors[m.input.names[m.name(name, layer)]] for m in here]
-        if info.dtype not in FLOATS:
-            refs = [r for m in here for r in self._refs(m, name, layer)]
-            same = all(i.dtype == info.dtype and i.shape == info.shape for i in infos)
-            if not same:
-                self.error("dtype", _unlike(info, here, infos), out)
-            return self._settled(
-                info,
-                out,
-                info.shape,
-                refs[0],
-                [],
-                refs[1:],
-                None,
-                f"{info.dtype} is passed through",
-            )
-        shape = info.shape
-        if rows is not None:
-            shape = (rows.rows, *info.shape[1:])
-        for model, other in zip(here, infos, strict=True):
-            fits = other.shape == info.shape
-            if rows is not None:
-                fits = other.shape[1:] == info.shape[1:]
-            if not fits or other.dtype not in FLOATS:
-                self._unfit(info, out, name, model, other)
-                return self._settled(info, out, shape, None, [], [], None, "refused")
-        reader = TensorReader(
-            models,
-            part.levels,
-            place,
-            len(shape),
-            ramp,
-            self.numerics,
-            self.seed,
-            self._steps(info),
-            self.merge.method.usual_weight,
-        )
-        labels = tuple(m.input.label for m in here)
-        try:
-            target, terms, method = self._combined(part, name, layer, reader, rows)
-        except ReasonvecError as error:
-            # One line for what is wrong in every tensor alike.
-            if str(error) not in self.told:
-                self.told.add(str(error))
-                self.error("parameter", f"{error} (first at {out})", out)
-            target, terms, method = None, [], None
-        steps = None if method is None else reader.steps
-        return self._settled(info, out, shape, target, terms, [], method, None, labels, steps)
-
-    def _steps(self, info: TensorInfo) -> str | None:
-        """The 16 bits that mergekit would compute in: it rounds after every step, and before the
-        first."""
-        if self.numerics != "mergekit" or not self.merge.method.stepwise:
-            return None
-        working = info.dtype if self.merge.dtype is None else _DTYPES[self.merge.dtype]
-        return working if working in {"BF16", "F16"} else None
-
-    def _combined(
-        self,
-        part: OpenedSlice,
-        name: str,
-        layer: int | None,
-        reader: TensorReader,
-        rows: Vocabulary | None,
-    ) -> tuple[object, list[Json], Json | None]:
-        """Target, terms and method of one float tensor."""
-        method, base, models = self.merge.method, part.base, part.models
-
-        def sum_of(model: OpenedModel) -> list[Json]:
-            terms = model.input.terms(model.name(name, layer), self.operands)
-            return (
-                terms if rows is None else lay_rows(rows, model.input, name, terms, self.operands)
-            )
-
-        steps = self.numerics == "mergekit" and method.stepwise
-        said = (
-            method.aside(reader, len(models))
-            if not isinstance(method, LinearMethod)
-            else None
-            if steps
-            else method.coefficients(reader, len(models))
-        )
-        if said is not None:
-            if not said.differences:
-                terms = [
-                    times(c, term)
-                    for c, model in zip(said.values, models, strict=True)
-                    if c != 0.0
-                    for term in sum_of(model)
-                ]
-                copied = plain(terms[0]) if len(terms) == 1 else None
-                return (copied, [], None) if copied is not None else (None, terms, None)
-            assert base is not None
-            return (*moved(sum_of(base), said.values, [sum_of(m) for m in models]), None)
-        if isinstance(method, Custom):
-            return self._computed(method, part, name, layer, reader, rows, sum_of), [], None
-        plan = method.plan(reader, len(models))
-        weights = [reader.weight(i) if method.weighted else 1.0 for i in range(len(models))]
-        terms = [
-            {"coefficient": weight, **self._single(model, name, layer, rows)}
-            for weight, model in zip(weights, models, strict=True)
-        ]
-        if base is None:
-            return None, terms, plan
-        anchor = self._single(base, name, layer, rows)
-        if method.base == "model":
-            return None, [{"coefficient": 1.0, **anchor}, *terms], plan
-        source = anchor.get("source")
-        target = source.get("tensor") if isinstance(source, dict) else None
-        if target is None:
-            # What differences are taken from has to be a tensor by itself.
-            laid: list[Json] = [{"coefficient": 1.0, **anchor}]
-            target = self._stage(base, base.name(name, layer), laid, rows)
-        return target, terms, plan
-
-    def _computed(
-        self,
-        method: Custom,
-        part: OpenedSlice,
-        name: str,
-        layer: int | None,
-        reader: TensorReader,
-        rows: Vocabulary | None,
-        sum_of: Callable[[OpenedModel], list[Json]],
-    ) -> Json:
-        """A tensor that a function in Python makes, which has to be written first."""
-        frame = part.frame
-        info = frame.input.layout.tensors[frame.input.names[frame.name(name, layer)]]
-        shape = info.shape if rows is None else (rows.rows, *info.shape[1:])
-        base = None if part.base is None else sum_of(part.base)
-        models = tuple(sum_of(model) for model in part.models)
-        staged = self.staged.get(id(method))
-        if staged is None:
-            label = self.merge.called or method.name
-            staged = self.staged[id(method)] = self.stages.add(label, [])
-        assert method.function is not None
-        staged.computed.append(
-            Computation(
-                method.function, reader.place.name, shape, models, base, method.values(reader)
-            )
-        )
-        return self.operands.ref(staged, reader.place.name)
-
-    def _single(
-        self, model: OpenedModel, name: str, layer: int | None, rows: Vocabulary | None
-    ) -> Json:
-        """A model's tensor as one source, or as one list of segments."""
-        here = model.name(name, layer)
-        whole = model.input.whole(here, self.operands)
-        laid: list[Json] = [] if whole is None else [{"coefficient": 1.0, "source": whole}]
-        if rows is not None:
-            laid = lay_rows(rows, model.input, here, laid, self.operands)
-        if len(laid) == 1:
-            return {key: laid[0][key] for key in ("source", "segments") if key in laid[0]}
-        if not laid:
-            laid = model.input.terms(here, self.operands)
-        return {"source": {"tensor": self._stage(model, here, laid, rows)}}
-
-    def _stage(
-        self, model: OpenedModel, name: str, terms: list[Json], rows: Vocabulary | None
-    ) -> Json:
-        """A tensor that has to be written first, because it is no tensor of any file."""
-        staged = self.staged.get(id(model.input))
-        if staged is None:
-            staged = self.staged[id(model.input)] = self.stages.add(model.input.label, [])
-        if name in staged.names:  # a layer that stands in several slices
-            return self.operands.ref(staged, name)
-        staged.names.add(name)
-        info = model.input.layout.tensors[model.input.names[name]]
-        shape = info.shape if rows is None else (rows.rows, *info.shape[1:])
-        # Rows that only move stay what they are; a sum is not rounded before it is used.
-        dtype = info.dtype if len(terms) == 1 else "F64" if info.dtype == "F64" else "F32"
-        staged.plans.append(
-            {
-                "name": name,
-                "dtype": dtype,
-                "shape": list(shape),
-                "target": None,
-                "terms": terms,
-                "equal": [],
-            }
-        )
-        return self.operands.ref(staged, name)
-
-    # ---- what does not fit
-
-    def _has(self, model: OpenedModel, name: str, layer: int | None) -> bool:
-        return model.name(name, layer) in model.input.names
-
-    def _refs(self, model: OpenedModel, name: str, layer: int | None) -> list[Json]:
-        terms = model.input.terms(model.name(name, layer), self.operands)
-        return [ref for term in terms if isinstance(ref := plain(term), dict)]
-
-    def _lacking(
-        self,
-        info: TensorInfo,
-        out: str,
-        name: str,
-        layer: int | None,
-        part: OpenedSlice,
-        missing: Sequence[OpenedModel],
-    ) -> MergedTensor:
-        if self.missing == "error" and not _BUFFERS.search(name):
-            for model in missing:
-                message = (
-                    f"{model.input.label}: has no {model.name(name, layer)}, which "
-                    f"{info.file} of {part.frame.input.label} has; take models of one "
-                    "architecture, or pass missing=skip to keep the first model's there"
-                )
-                self.error("missing", message, out)
-        frame = next((m for m in (part.base, *part.models) if m and m not in missing), None)
-        if frame is None:
-            return self._settled(info, out, info.shape, None, [], [], None, "missing")
-        terms = frame.input.terms(frame.name(name, layer), self.operands)
-        target = plain(terms[0])
-        rest = terms[1:] if target is not None else terms
-        return self._settled(
-            info, out, info.shape, target, rest, [], None, "not every model has it"
-        )
-
-    def _unfit(
-        self, info: TensorInfo, out: str, name: str, model: OpenedModel, other: TensorInfo
-    ) -> None:
-        if other.dtype not in FLOATS:
-            self.error("dtype", _unlike(info, [model], [other]), out)
-        elif is_vocabulary(name) and info.shape[1:] == other.shape[1:]:
-            what = "embeddings" if is_embedding(name) else "head"
-            self.error(
-                "vocab",
-                f"{model.input.label}: {other.name} has {other.shape[0]} rows, expected "
-                f"{info.shape[0]}: the {what} are of different vocabularies; say "
-                '"tokenizer_source: base" or "union" to have the rows laid out by token first',
-                out,
-            )
-        else:
-            self.error(
-                "shape",
-                f"{model.input.label}: {other.name} is {list(other.shape)}, expected "
-                f"{list(info.shape)}: the shapes must be equal; take models of one architecture "
-                "and size",
-                out,
-            )
-
-
-def _unlike(info: TensorInfo, models: Sequence[OpenedModel], infos: Sequence[TensorInfo]) -> str:
-    for model, other in zip(models, infos, strict=True):
-        if (other.dtype, other.shape) != (info.dtype, info.shape):
-            return (
-                f"{model.input.label}: {other.name} is {other.dtype} {list(other.shape)}, expected "
-                f"{info.dtype} {list(info.shape)}: tensors that are not of floats are copied, and "
-                "have to be equal in all models"
-            )
-    return f"{info.name}: differs between the models"
+def _moved_rows(vocabulary: Vocabulary | None, name: str) -> Vocabulary | None:
+    """The vocabulary, if it moves the rows of this tensor."""
+    moves = vocabulary is not None and vocabulary.moves and is_vocabulary(name)
+    return vocabulary if moves else None
 
 
 def plan_merge(
@@ -732,8 +399,8 @@ def plan_merge(
     plan = planner.run()
     if out_dtype is None:
         return plan
-    if out_dtype not in _DTYPES:
-        message = f"out_dtype: expected one of {', '.join(_DTYPES)}, found {out_dtype!r}"
+    if out_dtype not in DTYPES:
+        message = f"out_dtype: expected one of {', '.join(DTYPES)}, found {out_dtype!r}"
         raise ReasonvecError(message)
     weight: Counter[str] = Counter()
     for tensor in plan.tensors:
@@ -741,7 +408,7 @@ def plan_merge(
             weight[tensor.dtype] += elements(tensor.shape)
     # What a model keeps in another dtype on purpose (f32 router biases among bf16) it keeps.
     main = weight.most_common(1)[0][0] if weight else None
-    asked = _DTYPES[out_dtype]
+    asked = DTYPES[out_dtype]
     tensors = [
         replace(t, dtype=asked, plan=t.plan | {"dtype": asked}) if t.dtype == main else t
         for t in plan.tensors

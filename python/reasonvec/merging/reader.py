@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reasonvec.errors import ReasonvecError
-from reasonvec.merging.methods import Numerics
+from reasonvec.merging.method import Numerics
 from reasonvec.merging.parameters import Place, evaluate
 from reasonvec.merging.slices import OpenedModel, Settings
 from reasonvec.names import is_matrix
@@ -15,7 +15,7 @@ __all__ = ["TensorReader"]
 
 @dataclass(frozen=True, slots=True)
 class TensorReader:
-    """The parameters of one tensor; see `reasonvec.merging.methods.Reader`."""
+    """The parameters of one tensor; see `reasonvec.merging.method.Reader`."""
 
     models: list[OpenedModel]
     levels: list[Settings]

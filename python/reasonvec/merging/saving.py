@@ -20,11 +20,12 @@ from reasonvec.apply import (
 )
 from reasonvec.compat.layout import text_config
 from reasonvec.compat.problem import Problem
-from reasonvec.json_values import Json, read_json
+from reasonvec.json_values import Json, json_bytes, read_json
 from reasonvec.merging.chat import chat_template
-from reasonvec.merging.methods import Numerics
-from reasonvec.merging.planning import MergedTensor, Plan, plan_merge
+from reasonvec.merging.method import Numerics
+from reasonvec.merging.planning import Plan, plan_merge
 from reasonvec.merging.stages import Stages
+from reasonvec.merging.tensors import MergedTensor
 from reasonvec.merging.tokenizer_files import TOKENIZER_FILES, tokenizer_files
 from reasonvec.terms import Operands, elements
 
@@ -165,7 +166,7 @@ class _Beside(Accompaniment):
         }
         config = self._config(plan)
         if config is not None:
-            written["config.json"] = _text(config)
+            written["config.json"] = json_bytes(config)
         if self.options.get("copy_tokenizer", True):
             owner = donor if vocabulary is None else vocabulary.tokenizer.folder
             written |= tokenizer_files(owner, vocabulary)
@@ -206,7 +207,7 @@ class _Beside(Accompaniment):
             "metadata": {"total_size": sum(_size(t) for t in plan.tensors)},
             "weight_map": {t.name: t.file for t in sorted(plan.tensors, key=lambda t: t.name)},
         }
-        return "model.safetensors.index.json", _text(index)
+        return "model.safetensors.index.json", json_bytes(index)
 
     def said(self, plan: ApplyPlan) -> Json:
         return {
@@ -229,10 +230,6 @@ class _Beside(Accompaniment):
         return merge_card(self.merge, [source.label for source in self.found.inputs])
 
 
-def _text(value: object) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 def _templated(files: dict[str, Path | bytes], template: str) -> dict[str, Path | bytes]:
     """The tokenizer's config with another chat template, and no second one beside it."""
     files.pop("chat_template.jinja", None)
@@ -241,4 +238,4 @@ def _templated(files: dict[str, Path | bytes], template: str) -> dict[str, Path 
         config = read_json(said)
     else:
         config = json.loads(said) if said is not None else {}
-    return {"tokenizer_config.json": _text(config | {"chat_template": template})}
+    return {"tokenizer_config.json": json_bytes(config | {"chat_template": template})}

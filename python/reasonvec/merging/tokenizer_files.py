@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reasonvec.folders import CheckpointFolder
-from reasonvec.json_values import Json, read_json
+from reasonvec.json_values import Json, json_bytes, read_json
 
 if TYPE_CHECKING:
     from reasonvec.merging.inputs import Input
@@ -44,9 +44,7 @@ def tokenizer_files(
         if isinstance(decoder, dict):
             for row in rows:
                 decoder[str(row["id"])] = {k: v for k, v in row.items() if k != "id"}
-            written["tokenizer_config.json"] = (
-                json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-            ).encode()
+            written["tokenizer_config.json"] = json_bytes(config)
     return written
 
 

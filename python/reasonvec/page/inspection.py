@@ -110,7 +110,7 @@ def _opening(report: Inspection) -> str:
     total = report.totals()
     vector = report.what == "vector"
     what = "Reasoning vector, P &minus; N" if vector else "Checkpoint"
-    share = percent(total.moved, total.elements) if total.elements else "0"
+    share = percent(total.moved, total.elements)
     if not total.elements:
         lead = "It holds no elements."
     elif vector:
@@ -165,8 +165,7 @@ def _largest_section(report: Inspection) -> str:
     rows = report.largest()
     if not rows:
         return ""
-    vector = report.what == "vector"
-    moved, largest = ("Moved", "Largest change") if vector else ("Not zero", "Largest value")
+    moved, largest = _titles(report)
     # An extra column that holds nothing would cost the others their room.
     with_encoding = any(row.encoding is not None for row in rows)
     total = report.totals().norm
@@ -180,7 +179,7 @@ def _largest_section(report: Inspection) -> str:
             ("Norm", f"{magnitude(row.norm)}{_part(row.norm, longest)}"),
             ("Part of norm²", share),
             ("rms", magnitude(row.rms)),
-            (moved, f"{percent(row.moved, row.elements) if row.elements else '0'} %"),
+            (moved, f"{percent(row.moved, row.elements)} %"),
             (largest, f"{magnitude(row.max)}{spot}"),
         ]
         if with_encoding:
@@ -204,12 +203,18 @@ def _largest_section(report: Inspection) -> str:
     )
 
 
+def _titles(report: Inspection) -> tuple[str, str]:
+    """What the counts and the maxima of a report are of."""
+    if report.what == "vector":
+        return "Moved", "Largest change"
+    return "Not zero", "Largest value"
+
+
 def _kinds_section(report: Inspection) -> str:
     groups = report.by_kind()
     if not groups:
         return ""
-    vector = report.what == "vector"
-    moved, largest = ("Moved", "Largest change") if vector else ("Not zero", "Largest value")
+    moved, largest = _titles(report)
     total = report.totals()
 
     def figures(group: GroupMeasure) -> list[tuple[str, str]]:
@@ -218,7 +223,7 @@ def _kinds_section(report: Inspection) -> str:
         return [
             ("Tensors", count(group.tensors)),
             ("Parameters", short_count(group.elements)),
-            (moved, f"{percent(group.moved, group.elements) if group.elements else '0'} %"),
+            (moved, f"{percent(group.moved, group.elements)} %"),
             ("Norm", magnitude(group.norm)),
             ("Part of norm²", _energy(group.norm, total.norm)),
             ("rms", magnitude(group.rms)),

@@ -18,8 +18,10 @@ from typing import TypeAlias
 
 import numpy as np
 
+from reasonvec.reference.formats import Work, work_of
 from reasonvec.reference.linear_merges import normalized, tasks
-from reasonvec.reference.vectors import Work, _in_order, _work_of, combine, fixed_dot
+from reasonvec.reference.measures import fixed_dot, in_order
+from reasonvec.reference.update import combine
 
 __all__ = [
     "Gram",
@@ -73,7 +75,7 @@ def by_rows(
     vectors: Sequence[Work], columns: int, solve: Callable[[Gram], Sequence[float]]
 ) -> Work:
     """Each row of [rows, columns] combined with coefficients solved from its own products."""
-    work = _work_of(vectors[0])
+    work = work_of(vectors[0])
     rows = [[v[i : i + columns] for v in vectors] for i in range(0, vectors[0].size, columns)]
     return np.concatenate([combine(row, solve(gram(row)), work) for row in rows])
 
@@ -85,7 +87,7 @@ def by_columns(
     out = np.empty_like(vectors[0])
     for column, products in enumerate(gram_columns(vectors, columns)):
         parts = [v[column::columns] for v in vectors]
-        out[column::columns] = combine(parts, solve(products), _work_of(vectors[0]))
+        out[column::columns] = combine(parts, solve(products), work_of(vectors[0]))
     return out
 
 
@@ -116,7 +118,7 @@ def slerp(a: Work, b: Work, t: float) -> Work:
     >>> slerp(np.float32([2, 0]), np.float32([0, 1]), 0.5)
     array([1.4142135 , 0.70710677], dtype=float32)
     """
-    return combine([a, b], slerp_coefficients(gram([a, b]), t), _work_of(a))
+    return combine([a, b], slerp_coefficients(gram([a, b]), t), work_of(a))
 
 
 def nuslerp_coefficients(products: Gram, weights: Sequence[float]) -> list[float]:
@@ -149,17 +151,17 @@ def nuslerp(
         return nuslerp_coefficients(products, weights)
 
     if flatten or vectors[0].size == columns:
-        return combine(vectors, solve(gram(vectors)), _work_of(vectors[0]))
+        return combine(vectors, solve(gram(vectors)), work_of(vectors[0]))
     return (by_rows if row_wise else by_columns)(vectors, columns, solve)
 
 
 def _times(products: Gram, coefs: Sequence[float]) -> list[float]:
     # The products of every vector with the combination.
-    return [_in_order([g * c for g, c in zip(row, coefs, strict=True)]) for row in products]
+    return [in_order([g * c for g, c in zip(row, coefs, strict=True)]) for row in products]
 
 
 def _length(products: Gram, coefs: Sequence[float]) -> float:
-    square = _in_order([c * p for c, p in zip(coefs, _times(products, coefs), strict=True)])
+    square = in_order([c * p for c, p in zip(coefs, _times(products, coefs), strict=True)])
     return math.sqrt(max(square, 0.0))
 
 
@@ -184,7 +186,7 @@ def multislerp_coefficients(
     length = _length(_directions(products), pull)
     if length <= eps:
         return found
-    scale = _in_order([w * norm for w, norm in zip(found, norms, strict=True)]) / length
+    scale = in_order([w * norm for w, norm in zip(found, norms, strict=True)]) / length
     return [scale * w / norm if norm > 0.0 else 0.0 for w, norm in zip(pull, norms, strict=True)]
 
 
@@ -204,7 +206,7 @@ def multislerp(
     """
     vectors = models if base is None else tasks(models, base)
     coefs = multislerp_coefficients(gram(vectors), weights, normalize_weights, eps)
-    return combine(vectors, coefs, _work_of(vectors[0]))
+    return combine(vectors, coefs, work_of(vectors[0]))
 
 
 def _step(
@@ -257,7 +259,7 @@ def karcher_coefficients(products: Gram, max_iter: int = 10, tol: float = 1e-5) 
         mean = _walk(mean, tangent, length)
         length = _length(cosines, mean)
         mean = [c / length for c in mean]
-    scale = _in_order(norms) / len(norms)
+    scale = in_order(norms) / len(norms)
     return [scale * c / norm if norm > 0.0 else 0.0 for c, norm in zip(mean, norms, strict=True)]
 
 
@@ -269,7 +271,7 @@ def karcher(models: Sequence[Work], max_iter: int = 10, tol: float = 1e-5) -> Wo
     >>> karcher([np.float32([2, 0]), np.float32([0, 1])])
     array([1.0606601, 1.0606601], dtype=float32)
     """
-    return combine(models, karcher_coefficients(gram(models), max_iter, tol), _work_of(models[0]))
+    return combine(models, karcher_coefficients(gram(models), max_iter, tol), work_of(models[0]))
 
 
 def model_stock_coefficients(products: Gram, floor: float = 0.0) -> list[float]:
@@ -284,7 +286,7 @@ def model_stock_coefficients(products: Gram, floor: float = 0.0) -> list[float]:
     """
     n = len(products)
     pairs = [_cosine(products, i, j, floor) for i in range(n) for j in range(i + 1, n)]
-    c = _in_order(pairs) / len(pairs) if pairs else 1.0
+    c = in_order(pairs) / len(pairs) if pairs else 1.0
     apart = 1.0 + (n - 1) * c
     t = n * c / apart if apart > 1e-8 else 0.0
     return [t / n] * n
@@ -305,4 +307,4 @@ def model_stock(
     solve = partial(model_stock_coefficients, floor=floor)
     if filter_wise:
         return by_rows(vectors, columns, solve)
-    return combine(vectors, solve(gram(vectors)), _work_of(base))
+    return combine(vectors, solve(gram(vectors)), work_of(base))

@@ -16,18 +16,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from reasonvec.reference.vectors import (
-    Bits,
-    Dtype,
-    Work,
-    _as_work,
-    _in_order,
-    _work_of,
-    combine,
-    finish,
-    narrow,
-    widen,
-)
+from reasonvec.reference.formats import Bits, Dtype, Work, as_work, narrow, widen, work_of
+from reasonvec.reference.measures import in_order
+from reasonvec.reference.update import combine, finish
 
 __all__ = [
     "linear",
@@ -62,13 +53,13 @@ def step(x: Work, steps: Dtype | None) -> Work:
 
 
 def tasks(models: Sequence[Work], base: Work, steps: Dtype | None = None) -> list[Work]:
-    """The task vectors d_i = x_i - base [n], subtracted in W (arXiv 2212.04089, section 2).
+    """The task vectors d_i = x_i - base [n], subtracted in W (arXiv 2212.04089).
 
     With ``steps``, models, base and differences are each rounded to that format.
     """
     with np.errstate(all="ignore"):
         start = step(base, steps)
-        return [step(_as_work(step(x, steps) - start, _work_of(base)), steps) for x in models]
+        return [step(as_work(step(x, steps) - start, work_of(base)), steps) for x in models]
 
 
 def normalized(weights: Sequence[float]) -> list[float]:
@@ -77,7 +68,7 @@ def normalized(weights: Sequence[float]) -> list[float]:
     >>> normalized([1.0, 3.0])
     [0.25, 0.75]
     """
-    total = _in_order(weights)
+    total = in_order(weights)
     if total == 0:
         raise ValueError(f"the weights {list(weights)} add up to zero, so they have no mean")
     return [w / total for w in weights]
@@ -89,7 +80,7 @@ def linear(models: Sequence[Work], weights: Sequence[float], normalize: bool = T
     >>> linear([np.float32([1, 2]), np.float32([3, 6])], [1.0, 1.0])
     array([2., 4.], dtype=float32)
     """
-    return combine(models, normalized(weights) if normalize else weights, _work_of(models[0]))
+    return combine(models, normalized(weights) if normalize else weights, work_of(models[0]))
 
 
 def task_arithmetic(
@@ -99,7 +90,7 @@ def task_arithmetic(
     normalize: bool = False,
     lambda_: float = 1.0,
 ) -> Work:
-    """lambda * sum(w_i d_i), over the base (arXiv 2212.04089, section 2).
+    """lambda * sum(w_i d_i), over the base (arXiv 2212.04089).
 
     One coefficient for each model, lambda * w_i, with w_i divided by their sum if ``normalize``.
 
@@ -107,7 +98,7 @@ def task_arithmetic(
     array([1. , 3.5], dtype=float32)
     """
     found = normalized(weights) if normalize else weights
-    return combine(tasks(models, base), [lambda_ * w for w in found], _work_of(base))
+    return combine(tasks(models, base), [lambda_ * w for w in found], work_of(base))
 
 
 def passthrough(model: Work, scale: float = 1.0) -> Work:
@@ -116,7 +107,7 @@ def passthrough(model: Work, scale: float = 1.0) -> Work:
     >>> passthrough(np.float32([1, 2]), 0.5)
     array([0.5, 1. ], dtype=float32)
     """
-    return combine([model], [scale], _work_of(model))
+    return combine([model], [scale], work_of(model))
 
 
 def lines(layer: int, layers: int, alpha: float, beta: float) -> float:

@@ -1,6 +1,6 @@
 """Products of thin factors in NumPy: the specification of the core's kernel, in readable form.
 
-What an adapter adds to a matrix (Hu et al. 2021, arXiv 2106.09685, section 4.1) and a low-rank
+What an adapter adds to a matrix (Hu et al. 2021, arXiv 2106.09685) and a low-rank
 tensor of a vector are the same product: summed in float64 with k ascending, rounded once.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from reasonvec.reference.vectors import Bits, Dtype, Work, WorkDtype, widen
+from reasonvec.reference.formats import Bits, Dtype, Work, WorkDtype, widen
 
 __all__ = ["adapter_delta", "lowrank_values", "product"]
 

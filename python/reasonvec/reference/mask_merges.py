@@ -17,25 +17,21 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from reasonvec.reference.linear_merges import normalized, step, tasks
-from reasonvec.reference.vectors import (
+from reasonvec.reference.elementary import exp, ln
+from reasonvec.reference.formats import (
     Dtype,
     Index,
     Mask,
     Work,
-    _as_f64,
-    _as_work,
-    _exp,
-    _in_order,
-    _ln,
-    _work_of,
-    fixed_dot,
-    key64,
+    as_f64,
+    as_work,
     narrow,
-    splitmix64,
     widen,
-    words,
+    work_of,
 )
+from reasonvec.reference.linear_merges import normalized, step, tasks
+from reasonvec.reference.measures import fixed_dot, in_order
+from reasonvec.reference.philox import key64, splitmix64, words
 
 __all__ = [
     "MASK_STREAM",
@@ -164,7 +160,7 @@ def rescaled(d: Work, stays: Mask, density: float, rescale: Rescale) -> float:
     if rescale == "density":
         return 1.0 / density
     size = np.abs(d)
-    left = fixed_sum(_as_work(np.where(stays, size, 0), _work_of(d)))
+    left = fixed_sum(as_work(np.where(stays, size, 0), work_of(d)))
     return fixed_sum(size) / left if left > 0.0 else 1.0
 
 
@@ -188,11 +184,11 @@ def consensus(
     (arXiv 2306.01708.) With ``steps``, every W_i, num, den, the quotient and u are rounded to that
     format, as mergekit does in 16 bits; the sums only when they are complete.
     """
-    work = _work_of(vectors[0])
+    work = work_of(vectors[0])
     zero = np.zeros_like(vectors[0])
     with np.errstate(all="ignore"):
         parts = [
-            step(np.where(stay, _as_work(np.asarray(w * scale), work) * d, zero), steps)
+            step(np.where(stay, as_work(np.asarray(w * scale), work) * d, zero), steps)
             for d, stay, w, scale in zip(vectors, stays, weights, scales, strict=True)
         ]
         num, den = zero, zero
@@ -204,15 +200,15 @@ def consensus(
             for part, w in zip(parts, weights, strict=True):
                 counts = np.where(positive, part > 0, part < 0)
                 num = np.where(counts, num + part, num)
-                den = np.where(counts, den + _as_work(np.asarray(w), work), den)
+                den = np.where(counts, den + as_work(np.asarray(w), work), den)
         else:
             for part in parts:
                 num = num + part
-            den = den + _as_work(np.asarray(_in_order(weights)), work)
+            den = den + as_work(np.asarray(in_order(weights)), work)
         num, den = step(num, steps), step(den, steps)
         if normalize:
             num = step(num / np.where(np.abs(den) < TINY, np.ones_like(den), den), steps)
-        return step(_as_work(_as_work(np.asarray(lambda_), work) * num, work), steps)
+        return step(as_work(as_work(np.asarray(lambda_), work) * num, work), steps)
 
 
 def ties(
@@ -286,7 +282,7 @@ def della(
     without it della_linear. A density of 1 or more keeps everything and scales nothing.
     """
     vectors = tasks(models, base, steps)
-    work = _work_of(base)
+    work = work_of(base)
     stays, scales, paid = [], [], []
     for i, (d, share, spread) in enumerate(zip(vectors, density, epsilon, strict=True)):
         if share >= 1:
@@ -298,7 +294,7 @@ def della(
         stays.append(random_mask(probability, d.size, seed, name, i))
         scales.append(rescaled(d, stays[i], share, "l1") if rescale == "l1" else 1.0)
         with np.errstate(all="ignore"):
-            own = _as_work(d / _as_work(probability, work), work)
+            own = as_work(d / as_work(probability, work), work)
         paid.append(np.where(stays[i], own, d) if rescale == "density" else d)
     return consensus(paid, stays, weights, scales, elect, normalize, lambda_, steps)
 
@@ -347,13 +343,13 @@ def sce(
     weighted mean as in `consensus`, with ``normalize``.
     """
     vectors = tasks(models, base)
-    work = _work_of(base)
+    work = work_of(base)
     zero = np.zeros_like(base)
     with np.errstate(all="ignore"):
         total = zero
         for d in vectors:
             total = total + d
-        mean = total / _as_work(np.asarray(len(vectors)), work)
+        mean = total / as_work(np.asarray(len(vectors)), work)
         spread = zero
         for d in vectors:
             off = d - mean
@@ -364,11 +360,11 @@ def sce(
         selected = between(spread, 0, int(select_topk * np.count_nonzero(spread)))
     energy = []
     for d in vectors:
-        chosen = _as_work(np.where(selected, d, zero), work)
+        chosen = as_work(np.where(selected, d, zero), work)
         energy.append(fixed_dot(chosen, chosen))
-    if _in_order(energy) == 0:
+    if in_order(energy) == 0:
         return zero
-    equal = _in_order(energy) < floor * base.size
+    equal = in_order(energy) < floor * base.size
     weights = [1.0 / len(vectors)] * len(vectors) if equal else normalized(energy)
     positive = total >= 0
     stays = [selected & np.where(positive, d > 0, d < 0) for d in vectors]
@@ -392,8 +388,8 @@ def ram(
     unique_i is 0).
     """
     vectors = tasks(models, base)
-    work = _work_of(base)
-    bound = _as_work(np.asarray(epsilon), work)
+    work = work_of(base)
+    bound = as_work(np.asarray(epsilon), work)
     moved = [np.abs(d) > bound for d in vectors]
     count = np.sum(moved, axis=0)
     u = np.zeros_like(base)
@@ -403,9 +399,9 @@ def ram(
             shared = int(np.count_nonzero(mine)) - alone
             ratio = shared / alone if alone else alpha
             factor = 1.0 + r * min(max(ratio, 0.0), alpha) if plus else 1.0
-            scale = np.where(count == 1, _as_work(np.asarray(factor), work), np.ones_like(base))
+            scale = np.where(count == 1, as_work(np.asarray(factor), work), np.ones_like(base))
             u = np.where(mine, u + scale * d, u)
-        return _as_work(u / _as_work(np.maximum(count, 1), work), work)
+        return as_work(u / as_work(np.maximum(count, 1), work), work)
 
 
 def nearswap(a: Work, b: Work, t: float) -> Work:
@@ -417,7 +413,7 @@ def nearswap(a: Work, b: Work, t: float) -> Work:
     >>> nearswap(np.float32([1, 1, 1]), np.float32([1.25, 2, 0]), 0.5)
     array([1.25, 1.5 , 0.5 ], dtype=float32)
     """
-    bound = _as_work(np.asarray(t), _work_of(a))
+    bound = as_work(np.asarray(t), work_of(a))
     with np.errstate(all="ignore"):
         d = b - a
         return np.where(np.abs(d) <= bound, b, a + np.copysign(bound, d))
@@ -432,12 +428,12 @@ def divergences(a: Work, b: Work, columns: int) -> NDArray[np.float64]:
     """
     found = []
     for start in range(0, a.size, columns):
-        x = _as_f64(a[start : start + columns])
-        y = _as_f64(b[start : start + columns])
+        x = as_f64(a[start : start + columns])
+        y = as_f64(b[start : start + columns])
         m_x, m_y = float(x.max()), float(y.max())
-        e_x, e_y = _exp(x - m_x), _exp(y - m_y)
+        e_x, e_y = exp(x - m_x), exp(y - m_y)
         z = np.array([fixed_sum(e_x), fixed_sum(e_y)])
-        ln_x, ln_y = _ln(z).tolist()
+        ln_x, ln_y = ln(z).tolist()
         shift = (m_y - m_x) + (ln_y - ln_x)
         found.append(max(fixed_dot(e_y, y - x) / float(z[1]) - shift, 0.0))
     return np.array(found)
@@ -463,8 +459,8 @@ def arcee_fusion(model: Work, base: Work, columns: int) -> Work:
     """
     d = tasks([model], base)[0]
     weight = np.repeat(divergences(base, model, columns), columns)
-    importance = _as_work(_as_f64(np.abs(d)) * weight, _work_of(base))
+    importance = as_work(as_f64(np.abs(d)) * weight, work_of(base))
     ordered = importance[np.argsort(importance)]
     first, median, third = (quantile(ordered, q) for q in (0.25, 0.5, 0.75))
-    stays = _as_f64(importance) >= median + 1.5 * (third - first)
-    return _as_work(np.where(stays, d, 0), _work_of(base))
+    stays = as_f64(importance) >= median + 1.5 * (third - first)
+    return as_work(np.where(stays, d, 0), work_of(base))

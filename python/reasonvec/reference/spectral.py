@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from reasonvec.reference.vectors import key64, words
+from reasonvec.reference.philox import key64, words
 
 __all__ = ["bottom", "flipped", "krylov", "noise_floor", "noise_rank", "signs"]
 
@@ -34,7 +34,7 @@ def flipped(a: Array, name: str, seed: int = 0) -> Array:
 
 def noise_floor(a: Array, name: str, seed: int = 0) -> float:
     """The largest singular value of the matrix with random signs: what entries of these sizes make
-    without any structure (specs of reasoning vectors, fact 2)."""
+    without any structure."""
     return float(np.linalg.norm(flipped(a, name, seed), 2))
 
 

@@ -69,7 +69,7 @@ def _first(a: Array, r: int, norm: float = 0.0) -> tuple[Array, Array, Array]:
 
 def iso_c(d: Sequence[Array], w: Sequence[float], scale: float = 1.0) -> Array:
     """The sum of the task vectors with all singular values set to their mean (Iso-C, arXiv
-    2502.04959, section 4.1)."""
+    2502.04959, section 4)."""
     u, s, vt = svd(spectral_sum(d, w))
     mean = s.sum() / min(d[0].shape)
     update: Array = scale * mean * (u @ vt)
@@ -80,7 +80,7 @@ def iso_cts(
     d: Sequence[Array], w: Sequence[float], common: float = 0.8, scale: float = 1.0
 ) -> Array:
     """Iso-C whose last directions give way to directions of each task that are orthogonal to the
-    others (Iso-CTS, arXiv 2502.04959, section 4.2): the first ``k`` of the sum, then the first of
+    others (Iso-CTS, arXiv 2502.04959, section 4): the first ``k`` of the sum, then the first of
     each task vector less its part in those; both sides made orthonormal."""
     size, tasks = min(d[0].shape), len(d)
     each = round((size - int(size * common)) / tasks)
@@ -101,7 +101,7 @@ def tsv_m(
 ) -> Array:
     """The first singular vectors of every task, a share ``rank`` (1 / tasks) of them each, side by
     side, each side made orthonormal, with the singular values that they had (TSV-Merge, arXiv
-    2412.00081, section 4)."""
+    2412.00081)."""
     size, tasks = min(d[0].shape), len(d)
     r = min(max(1, int(size * (1 / tasks if rank is None else rank) + 1e-9)), max(1, size // tasks))
     parts = [_first(c * x, r) for c, x in zip(w, d, strict=True)]
