@@ -1,4 +1,4 @@
-//! Merging: one file per family, each family one streaming schedule (design section 6).
+//! Merging: one file per family, each family one streaming schedule.
 //!
 //! [`prepare`] lays an output out, [`output`] writes it, and a family says how a tile is made.
 

@@ -3,7 +3,7 @@
 use super::{GROUP, LANES, elements, filled};
 use crate::bf16::{Element, Work};
 
-/// How the realised change of a tensor compares with the intended one (design section 3.4).
+/// How the realised change of a tensor compares with the intended one.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Rounding {
     /// Sum of `u * u`, with `u` the intended update.
