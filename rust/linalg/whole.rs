@@ -8,6 +8,8 @@ use std::sync::{Mutex, PoisonError};
 
 use super::dense::share;
 use crate::simd::{Level, dispatch};
+use crate::stream::Control;
+use crate::{Error, Result};
 
 /// Columns of the vectors that are rotated together.
 const STRIP: usize = dispatch::TURNED;
@@ -19,16 +21,28 @@ const SWEEPS: usize = 48;
 /// A reflector's vector `u`, and `p`, with which the matrix becomes `a - u p^T - p u^T`.
 type Update = (Vec<f64>, Vec<f64>);
 
+/// A diagonal, what is beside it, and the reflectors that lead there.
+type Tridiagonal = (Vec<f64>, Vec<f64>, Vec<Vec<f64>>);
+
 /// Eigenvalues, descending, and eigenvectors, one a row, of a symmetric matrix of `n` rows, which is used up. The largest component of each
 /// vector is positive.
-pub(crate) fn symmetric(level: Level, threads: usize, mut a: Vec<f64>, n: usize) -> (Vec<f64>, Vec<f64>) {
+///
+/// # Errors
+/// [`Error::Cancelled`].
+pub(crate) fn symmetric(
+    level: Level,
+    threads: usize,
+    mut a: Vec<f64>,
+    n: usize,
+    control: &Control,
+) -> Result<(Vec<f64>, Vec<f64>)> {
     if n == 0 {
-        return (vec![], vec![]);
+        return Ok((vec![], vec![]));
     }
-    let (mut d, mut e, reflectors) = reduce(level, &mut a, n);
-    let mut strips = transformation(level, threads, a, n, &reflectors);
+    let (mut d, mut e, reflectors) = reduce(level, &mut a, n, control)?;
+    let mut strips = transformation(level, threads, a, n, &reflectors, control);
     drop(reflectors);
-    iterate(level, threads, &mut d, &mut e, &mut strips);
+    iterate(level, threads, &mut d, &mut e, &mut strips, control)?;
     let mut order: Vec<usize> = (0..n).collect();
     order.sort_by(|&i, &j| d[j].total_cmp(&d[i]).then(i.cmp(&j)));
     let mut vectors = vec![0.0; n * n];
@@ -42,11 +56,15 @@ pub(crate) fn symmetric(level: Level, threads: usize, mut a: Vec<f64>, n: usize)
             row.iter_mut().for_each(|x| *x = -*x);
         }
     }
-    (order.iter().map(|&i| d[i]).collect(), vectors)
+    Ok((order.iter().map(|&i| d[i]).collect(), vectors))
+}
+
+fn check(control: &Control) -> Result<()> {
+    if control.cancelled() { Err(Error::Cancelled) } else { Ok(()) }
 }
 
 /// The tridiagonal matrix (its diagonal, and what is beside it, the first of which is zero), and the reflectors that lead there.
-fn reduce(level: Level, a: &mut [f64], n: usize) -> (Vec<f64>, Vec<f64>, Vec<Vec<f64>>) {
+fn reduce(level: Level, a: &mut [f64], n: usize, control: &Control) -> Result<Tridiagonal> {
     let (mut d, mut e) = (vec![0.0; n], vec![0.0; n]);
     let mut reflectors: Vec<Vec<f64>> = vec![vec![]; n];
     let mut pending: Option<Update> = None;
@@ -57,6 +75,7 @@ fn reduce(level: Level, a: &mut [f64], n: usize) -> (Vec<f64>, Vec<f64>, Vec<Vec
         }
     };
     for i in (0..n).rev() {
+        check(control)?;
         let (above, row) = a.split_at_mut(i * n);
         updated(&mut row[..=i], i, &pending);
         d[i] = row[i];
@@ -95,7 +114,7 @@ fn reduce(level: Level, a: &mut [f64], n: usize) -> (Vec<f64>, Vec<f64>, Vec<Vec
         reflectors[i] = u.iter().map(|u| u / root).collect();
         pending = Some((u, p));
     }
-    (d, e, reflectors)
+    Ok((d, e, reflectors))
 }
 
 /// The product of the reflectors, one column of it a row, in strips of columns. `room` is used up.
@@ -105,6 +124,7 @@ fn transformation(
     mut room: Vec<f64>,
     n: usize,
     reflectors: &[Vec<f64>],
+    control: &Control,
 ) -> Vec<Mutex<Vec<f64>>> {
     room.fill(0.0);
     let blocks: Vec<Mutex<&mut [f64]>> = room.chunks_mut(ROWS * n).map(Mutex::new).collect();
@@ -115,6 +135,9 @@ fn transformation(
         }
         // Before its own place a row is zero, and stays so under the shorter reflectors.
         for reflector in &reflectors[b * ROWS..] {
+            if control.cancelled() {
+                return;
+            }
             for row in block.chunks_exact_mut(n) {
                 let row = &mut row[..reflector.len()];
                 let k = dispatch::dot(level, row, reflector);
@@ -144,7 +167,14 @@ struct Turns {
 }
 
 /// The implicit QL iteration; rows of the strips are turned along.
-fn iterate(level: Level, threads: usize, d: &mut [f64], e: &mut [f64], strips: &mut [Mutex<Vec<f64>>]) {
+fn iterate(
+    level: Level,
+    threads: usize,
+    d: &mut [f64],
+    e: &mut [f64],
+    strips: &mut [Mutex<Vec<f64>>],
+    control: &Control,
+) -> Result<()> {
     let n = d.len();
     e.rotate_left(1);
     e[n - 1] = 0.0;
@@ -153,6 +183,9 @@ fn iterate(level: Level, threads: usize, d: &mut [f64], e: &mut [f64], strips: &
         share(threads, strips.len(), |s| {
             let mut strip = strips[s].lock().unwrap_or_else(PoisonError::into_inner);
             for Turns { from, turns } in &*kept {
+                if control.cancelled() {
+                    return;
+                }
                 dispatch::turn(level, &mut strip, *from, turns);
             }
         });
@@ -161,6 +194,7 @@ fn iterate(level: Level, threads: usize, d: &mut [f64], e: &mut [f64], strips: &
     for l in 0..n {
         // As in `eigen`: more than any matrix needs.
         for _ in 0..60 {
+            check(control)?;
             let m = (l..n - 1).find(|&m| e[m].abs() <= f64::EPSILON * (d[m].abs() + d[m + 1].abs())).unwrap_or(n - 1);
             if m == l {
                 break;
@@ -206,6 +240,7 @@ fn iterate(level: Level, threads: usize, d: &mut [f64], e: &mut [f64], strips: &
         }
     }
     apply(&mut kept);
+    check(control)
 }
 
 #[cfg(test)]
@@ -230,7 +265,7 @@ mod tests {
     fn eigenpairs_are_those_of_the_matrix_and_the_same_everywhere() {
         for (n, rank) in [(1, 1), (2, 2), (3, 1), (40, 50), (97, 97), (70, 4), (33, 0)] {
             let a = matrix(n, rank);
-            let (values, vectors) = symmetric(Level::portable(), 1, a.clone(), n);
+            let (values, vectors) = symmetric(Level::portable(), 1, a.clone(), n, &Control::default()).expect("not cancelled");
             let (others, _) = eigen::symmetric(&a, n);
             let largest = others[0].max(1e-300);
             assert!(values.iter().zip(&others).all(|(v, o)| (v - o).abs() <= 1e-12 * largest), "{n}, {rank}");
@@ -243,7 +278,8 @@ mod tests {
                 }
             }
             for level in Level::available() {
-                assert_eq!(symmetric(level, 3, a.clone(), n), (values.clone(), vectors.clone()));
+                let again = symmetric(level, 3, a.clone(), n, &Control::default()).expect("not cancelled");
+                assert_eq!(again, (values.clone(), vectors.clone()));
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Stamps each body of [`super::kernel`] for every instruction set and calls the one of a [`Level`].
 
 use super::kernel;
-pub use super::kernel::{Band, Draw, Extent, MICRO, PanelOf, Rounding, TURNED};
+pub use super::kernel::{Band, Draw, Extent, MICRO, PANEL, PanelOf, Rounding, TURNED};
 use super::level::{Level, Set};
 use crate::bf16::{Element, Work};
 use crate::philox::Philox;
@@ -289,6 +289,10 @@ stamp!(
 stamp!(
     /// [`kernel::weigh`] at a level.
     weigh [W: Work] (into: &mut [W], x: &[W], c: f64)
+);
+stamp!(
+    /// [`kernel::multiply_panels`] at a level.
+    multiply_panels [] (into: &mut [f64], a: &[f64], b: &[f64], strides: [usize; 2], size: [usize; 3], apart: usize, tall: usize)
 );
 
 /// The rounding report of at most MICRO elements, from the updates and what they changed. Not one body: compilers make better code of
