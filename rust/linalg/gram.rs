@@ -77,7 +77,8 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
             }
             squares += sums.into_iter().map(|s| s.into_inner().unwrap_or_else(PoisonError::into_inner)).sum::<f64>();
         } else {
-            let slots: Vec<Mutex<&mut [f64]>> = across[..n * depth].chunks_mut(STRIPE * depth).map(Mutex::new).collect();
+            let slots: Vec<Mutex<&mut [f64]>> =
+                across[..n * depth].chunks_mut(STRIPE * depth).map(Mutex::new).collect();
             share(threads, slots.len(), |i| {
                 let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
                 let mut scratch: (Scratch<f32>, Scratch<f64>) = Default::default();

@@ -14,8 +14,8 @@ use super::dense::{cholesky, cross, invert_triangle, orthonormalise_by, share, t
 use super::eigen::symmetric_until;
 use super::whole;
 use crate::philox::Philox;
-use crate::simd::dispatch::{self, PANEL};
 use crate::simd::Level;
+use crate::simd::dispatch::{self, PANEL};
 use crate::stream::Control;
 use crate::{Error, Result};
 
@@ -86,7 +86,16 @@ impl Factor {
                 let mut sums = vec![0.0; size(i) * width];
                 for (block, b) in lower[i].iter().zip(across.chunks_exact(NB * width)) {
                     let shape = [size(i), NB, width];
-                    dispatch::multiply_panels(level, &mut sums, block, b, [width, width], shape, PANEL * NB, level.tall());
+                    dispatch::multiply_panels(
+                        level,
+                        &mut sums,
+                        block,
+                        b,
+                        [width, width],
+                        shape,
+                        PANEL * NB,
+                        level.tall(),
+                    );
                 }
                 for (r, row) in sums.chunks_exact_mut(width).enumerate() {
                     row.iter_mut().zip(&a[(i * NB + r) * n + j * NB..]).for_each(|(s, a)| *s = a - *s);

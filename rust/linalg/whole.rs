@@ -265,7 +265,8 @@ mod tests {
     fn eigenpairs_are_those_of_the_matrix_and_the_same_everywhere() {
         for (n, rank) in [(1, 1), (2, 2), (3, 1), (40, 50), (97, 97), (70, 4), (33, 0)] {
             let a = matrix(n, rank);
-            let (values, vectors) = symmetric(Level::portable(), 1, a.clone(), n, &Control::default()).expect("not cancelled");
+            let (values, vectors) =
+                symmetric(Level::portable(), 1, a.clone(), n, &Control::default()).expect("not cancelled");
             let (others, _) = eigen::symmetric(&a, n);
             let largest = others[0].max(1e-300);
             assert!(values.iter().zip(&others).all(|(v, o)| (v - o).abs() <= 1e-12 * largest), "{n}, {rank}");

@@ -1119,7 +1119,7 @@ fn panels<const R: usize>(
     }
 }
 
-/// As [`tile`]. One slice a row although all of them are one: otherwise compilers take the rows for lanes.
+/// As [`tile`]. Compilers are not to know that the rows of a panel are neighbours: they would take those for lanes, and then keep sums in memory.
 #[inline(always)]
 fn panel_tile<const R: usize>(
     into: &mut [f64],
@@ -1128,7 +1128,8 @@ fn panel_tile<const R: usize>(
     [wide, under]: [usize; 2],
     depth: usize,
 ) -> usize {
-    let rows: [&[f64]; R] = std::array::from_fn(|r| &a[r..][..(depth - 1) * PANEL + 1]);
+    let next = std::hint::black_box(1);
+    let rows: [&[f64]; R] = std::array::from_fn(|r| &a[r * next..][..(depth - 1) * PANEL + 1]);
     let b = &b[..(depth - 1) * under + WIDTH];
     let mut sums = [[0.0; WIDTH]; R];
     for k in 0..depth {
