@@ -445,3 +445,127 @@ pub(super) fn smallest(
     }
     everything(a)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linalg::dense::{add_lower, pack, packed};
+    use crate::linalg::eigen;
+
+    /// `a^T a` for a random `a` of `rows x n`, its columns times `scale`.
+    fn gram(rows: usize, n: usize, scale: impl Fn(usize) -> f64) -> Vec<f64> {
+        let mut a = vec![0.0; rows * n];
+        dispatch::normal(Level::portable(), &mut a, Philox::new(5, "i", 1), 0, 1.0);
+        for row in a.chunks_exact_mut(n) {
+            row.iter_mut().enumerate().for_each(|(j, x)| *x *= scale(j));
+        }
+        let (mut both, mut values) = (packed(n, rows), vec![0.0; n * n]);
+        pack(1, &mut both, &a, n);
+        add_lower(Level::portable(), 1, &mut values, n, &both, rows);
+        for i in 0..n {
+            for j in i + 1..n {
+                values[i * n + j] = values[j * n + i];
+            }
+        }
+        values
+    }
+
+    fn found(level: Level, threads: usize, a: &[f64], n: usize, r: usize) -> (Vec<f64>, usize) {
+        smallest(level, threads, a, n, r, Philox::new(5, "i", 2), &Control::default()).expect("not cancelled")
+    }
+
+    #[test]
+    fn a_packed_product_is_the_product_at_every_level_and_thread_count() {
+        for (rows, n) in [(1, 1), (7, 13), (30, 97), (50, 211)] {
+            let mut a = vec![0.0; rows * n];
+            dispatch::normal(Level::portable(), &mut a, Philox::new(5, "i", 3), 0, 1.0);
+            let mut both = packed(n, rows);
+            pack(2, &mut both, &a, n);
+            let of = |level, threads| {
+                let mut values = vec![0.0; n * n];
+                add_lower(level, threads, &mut values, n, &both, rows);
+                values
+            };
+            let first = of(Level::portable(), 1);
+            for i in 0..n {
+                for j in 0..=i {
+                    let wanted: f64 = (0..rows).map(|k| a[k * n + i] * a[k * n + j]).sum();
+                    assert!((first[i * n + j] - wanted).abs() < 1e-12 * rows as f64, "{rows} x {n}");
+                }
+            }
+            for level in Level::available() {
+                assert_eq!(of(level, 3), first);
+            }
+        }
+    }
+
+    #[test]
+    fn a_factor_solves() {
+        let n = 2 * NB + 31;
+        let a = gram(2 * n, n, |_| 1.0);
+        let (level, control) = (Level::portable(), Control::default());
+        let factor = Factor::new(level, 2, &a, n, 0.5, &control).expect("not cancelled").expect("positive");
+        let b = 11;
+        let mut x = vec![0.0; n * b];
+        dispatch::normal(level, &mut x, Philox::new(5, "i", 4), 0, 1.0);
+        let y = factor.solve(level, 1, &x, b);
+        for i in 0..n {
+            for c in 0..b {
+                let image: f64 = (0..n).map(|k| a[i * n + k] * y[k * b + c]).sum::<f64>() - 0.5 * y[i * b + c];
+                assert!((image - x[i * b + c]).abs() < 1e-9);
+            }
+        }
+        for level in Level::available() {
+            let factor = Factor::new(level, 3, &a, n, 0.5, &control).expect("not cancelled").expect("positive");
+            assert_eq!(factor.solve(level, 3, &x, b), y);
+        }
+        assert!(Factor::new(level, 1, &a, n, 1e6, &control).expect("not cancelled").is_none());
+        control.cancel();
+        assert!(matches!(Factor::new(level, 1, &a, n, 0.5, &control), Err(Error::Cancelled)));
+    }
+
+    #[test]
+    fn the_smallest_are_found_also_where_many_are_one() {
+        let (n, r) = (650, 20);
+        assert!(!memory(n, r).1);
+        // Away from zero; many zeros, of which all wanted ones are copies; thirty of them, few more than wanted; far apart.
+        let cases: [(usize, &dyn Fn(usize) -> f64); 4] = [
+            (2 * n, &|_| 1.0),
+            (40, &|_| 1.0),
+            (n, &|j| if j < 30 { 0.0 } else { 1.0 }),
+            (n, &|j| 0.98f64.powi(j as i32)),
+        ];
+        for (rows, scale) in cases {
+            let a = gram(rows, n, scale);
+            let values = eigen::symmetric(&a, n).0;
+            let (vectors, b) = found(Level::portable(), 1, &a, n, r);
+            // Ritz values of the matrix on the span.
+            let images: Vec<f64> = a
+                .chunks_exact(n)
+                .flat_map(|row| {
+                    let vectors = &vectors;
+                    (0..b).map(move |c| row.iter().zip(vectors.iter().skip(c).step_by(b)).map(|(a, v)| a * v).sum())
+                })
+                .collect();
+            let level = Level::portable();
+            let own = cross(level, 1, &vectors, b, &vectors, b);
+            for (e, x) in own.iter().enumerate() {
+                assert!((x - if e / b == e % b { 1.0 } else { 0.0 }).abs() < 1e-11);
+            }
+            let ritz = eigen::symmetric(&cross(level, 1, &vectors, b, &images, b), b).0;
+            for (value, wanted) in ritz.iter().rev().zip(values.iter().rev()).take(r) {
+                assert!((value - wanted).abs() < 1e-12 * values[0], "{rows} rows: {value}, not {wanted}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_smallest_are_the_same_at_every_level_and_thread_count() {
+        let (n, r) = (641, 3);
+        let a = gram(n + 50, n, |_| 1.0);
+        let first = found(Level::portable(), 1, &a, n, r);
+        for level in Level::available() {
+            assert!(found(level, 3, &a, n, r) == first);
+        }
+    }
+}

@@ -7,6 +7,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::dense::share;
+use super::eigen;
 use crate::simd::{Level, dispatch};
 use crate::stream::Control;
 use crate::{Error, Result};
@@ -42,7 +43,7 @@ pub(crate) fn symmetric(
     let (mut d, mut e, reflectors) = reduce(level, &mut a, n, control)?;
     let mut strips = transformation(level, threads, a, n, &reflectors, control);
     drop(reflectors);
-    iterate(level, threads, &mut d, &mut e, &mut strips, control)?;
+    iterate(level, threads, &mut d, &mut e, &strips, control)?;
     let mut order: Vec<usize> = (0..n).collect();
     order.sort_by(|&i, &j| d[j].total_cmp(&d[i]).then(i.cmp(&j)));
     let mut vectors = vec![0.0; n * n];
@@ -160,24 +161,22 @@ fn transformation(
         .collect()
 }
 
-/// The rotations of one sweep: of rows `from` and `from + 1`, then of the two before, and so on.
+/// The rotations of one sweep, as [`eigen::iterate`] tells them.
 struct Turns {
     from: usize,
     turns: Vec<[f64; 2]>,
 }
 
-/// The implicit QL iteration; rows of the strips are turned along.
+/// The QL iteration; rows of the strips are turned along, many sweeps at once.
 fn iterate(
     level: Level,
     threads: usize,
     d: &mut [f64],
     e: &mut [f64],
-    strips: &mut [Mutex<Vec<f64>>],
+    strips: &[Mutex<Vec<f64>>],
     control: &Control,
 ) -> Result<()> {
     let n = d.len();
-    e.rotate_left(1);
-    e[n - 1] = 0.0;
     let (mut kept, mut count): (Vec<Turns>, usize) = (Vec::new(), 0);
     let apply = |kept: &mut Vec<Turns>| {
         share(threads, strips.len(), |s| {
@@ -191,54 +190,15 @@ fn iterate(
         });
         kept.clear();
     };
-    for l in 0..n {
-        // As in `eigen`: more than any matrix needs.
-        for _ in 0..60 {
-            check(control)?;
-            let m = (l..n - 1).find(|&m| e[m].abs() <= f64::EPSILON * (d[m].abs() + d[m + 1].abs())).unwrap_or(n - 1);
-            if m == l {
-                break;
-            }
-            let mut g = (d[l + 1] - d[l]) / (2.0 * e[l]);
-            let mut r = (g * g + 1.0).sqrt();
-            g = d[m] - d[l] + e[l] / (g + if g >= 0.0 { r } else { -r });
-            let (mut s, mut c, mut p) = (1.0, 1.0, 0.0);
-            let mut early = false;
-            let mut turns = Vec::with_capacity(m - l);
-            for i in (l..m).rev() {
-                let f = s * e[i];
-                let b = c * e[i];
-                r = (f * f + g * g).sqrt();
-                e[i + 1] = r;
-                if r == 0.0 {
-                    d[i + 1] -= p;
-                    e[m] = 0.0;
-                    early = true;
-                    break;
-                }
-                s = f / r;
-                c = g / r;
-                g = d[i + 1] - p;
-                r = (d[i] - g) * s + 2.0 * c * b;
-                p = s * r;
-                d[i + 1] = g + p;
-                g = c * r - b;
-                turns.push([c, s]);
-            }
-            count += turns.len();
-            kept.push(Turns { from: m - 1, turns });
-            if count >= SWEEPS * n {
-                apply(&mut kept);
-                count = 0;
-            }
-            if early {
-                continue;
-            }
-            d[l] -= p;
-            e[l] = g;
-            e[m] = 0.0;
+    let ended = eigen::iterate(d, e, &|| control.cancelled(), |from, turns| {
+        kept.push(Turns { from, turns: turns.to_vec() });
+        count += turns.len();
+        if count >= SWEEPS * n {
+            apply(&mut kept);
+            count = 0;
         }
-    }
+    });
+    ended.ok_or(Error::Cancelled)?;
     apply(&mut kept);
     check(control)
 }
@@ -246,7 +206,6 @@ fn iterate(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linalg::eigen;
     use crate::philox::Philox;
 
     /// Random, of low rank, diagonal, or zero.
@@ -283,5 +242,13 @@ mod tests {
                 assert_eq!(again, (values.clone(), vectors.clone()));
             }
         }
+    }
+
+    #[test]
+    fn it_ends_when_it_is_cancelled() {
+        let control = Control::default();
+        control.cancel();
+        let found = symmetric(Level::portable(), 2, matrix(40, 40), 40, &control);
+        assert!(matches!(found, Err(Error::Cancelled)));
     }
 }
