@@ -115,9 +115,10 @@ pub(super) fn add_lower(
         let rows = STRIPE.min(n - i * STRIPE);
         let a = &panels[i * STRIPE * depth..];
         for strip in 0..(i * STRIPE + rows).div_ceil(STRIP) {
+            let strides = [n, dispatch::PANEL * depth, STRIP];
             let size = [rows, depth, STRIP.min(n - strip * STRIP)];
             let (into, b) = (&mut slot[strip * STRIP..], &strips[strip * STRIP * depth..]);
-            dispatch::multiply_panels(level, into, a, b, [n, STRIP], size, dispatch::PANEL * depth, level.tall());
+            dispatch::multiply_panels(level, into, a, b, strides, size, level.tall());
         }
     });
 }

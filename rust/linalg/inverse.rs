@@ -91,9 +91,8 @@ impl Factor {
                         &mut sums,
                         block,
                         b,
-                        [width, width],
+                        [width, PANEL * NB, width],
                         shape,
-                        PANEL * NB,
                         level.tall(),
                     );
                 }
@@ -169,7 +168,7 @@ fn substitute(level: Level, y: &mut [f64], width: usize, i: usize, by: &[f64], b
     for (block, solved) in blocks.iter().zip(y.chunks(NB * width).skip(first)) {
         let depth = solved.len() / width;
         let shape = [size, depth, width];
-        dispatch::multiply_panels(level, &mut sums, block, solved, [width; 2], shape, PANEL * depth, level.tall());
+        dispatch::multiply_panels(level, &mut sums, block, solved, [width, PANEL * depth, width], shape, level.tall());
     }
     let block = &mut y[i * NB * width..][..size * width];
     for (s, y) in sums.iter_mut().zip(&*block) {
@@ -222,7 +221,7 @@ impl Basis {
             for (i, part) in w.chunks(NB * b).enumerate() {
                 let shape = [rows, part.len() / b, b];
                 let a = &a[i * NB * PANEL..];
-                dispatch::multiply_panels(level, &mut slot, a, part, [b; 2], shape, PANEL * self.n, level.tall());
+                dispatch::multiply_panels(level, &mut slot, a, part, [b, PANEL * self.n, b], shape, level.tall());
             }
         });
         drop(slots);
@@ -239,7 +238,7 @@ impl Basis {
             for (k, part) in by.chunks(NB * b).enumerate() {
                 let shape = [rows, part.len() / b, b];
                 let a = &a[k * NB * PANEL..];
-                dispatch::multiply_panels(level, &mut slot, a, part, [b; 2], shape, PANEL * self.room, level.tall());
+                dispatch::multiply_panels(level, &mut slot, a, part, [b, PANEL * self.room, b], shape, level.tall());
             }
         });
     }

@@ -292,7 +292,7 @@ stamp!(
 );
 stamp!(
     /// [`kernel::multiply_panels`] at a level.
-    multiply_panels [] (into: &mut [f64], a: &[f64], b: &[f64], strides: [usize; 2], size: [usize; 3], apart: usize, tall: usize)
+    multiply_panels [] (into: &mut [f64], a: &[f64], b: &[f64], strides: [usize; 3], size: [usize; 3], tall: usize)
 );
 
 /// The rounding report of at most MICRO elements, from the updates and what they changed. Not one body: compilers make better code of

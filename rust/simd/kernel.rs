@@ -1052,22 +1052,14 @@ pub fn weigh<W: Work>(into: &mut [W], x: &[W], c: f64) {
 /// Rows of a panel of [`multiply_panels`]: those of its tallest register tile.
 pub const PANEL: usize = 12;
 
-/// [`multiply`] of an `a` in panels of [`PANEL`] rows, `apart` elements from one to the next, in which columns lie one behind the other: what goes
+/// [`multiply`] of an `a` in panels of [`PANEL`] rows, of which the stride is that of `a`, and in which columns lie one behind the other: what goes
 /// through a tile comes from memory in order, and rows of any length share no place in the cache. The last panel is as long as the others.
 #[inline(always)]
-pub fn multiply_panels(
-    into: &mut [f64],
-    a: &[f64],
-    b: &[f64],
-    strides: [usize; 2],
-    size: [usize; 3],
-    apart: usize,
-    tall: usize,
-) {
+pub fn multiply_panels(into: &mut [f64], a: &[f64], b: &[f64], strides: [usize; 3], size: [usize; 3], tall: usize) {
     match tall {
-        12.. => panels::<12>(into, a, b, strides, size, apart),
-        6.. => panels::<4>(into, a, b, strides, size, apart),
-        _ => panels::<2>(into, a, b, strides, size, apart),
+        12.. => panels::<12>(into, a, b, strides, size),
+        6.. => panels::<4>(into, a, b, strides, size),
+        _ => panels::<2>(into, a, b, strides, size),
     }
 }
 
@@ -1080,9 +1072,8 @@ fn panels<const R: usize>(
     into: &mut [f64],
     a: &[f64],
     b: &[f64],
-    strides: [usize; 2],
+    [wide, apart, under]: [usize; 3],
     [rows, depth, columns]: [usize; 3],
-    apart: usize,
 ) {
     if depth == 0 {
         return;
@@ -1092,12 +1083,12 @@ fn panels<const R: usize>(
         let b = &b[j..];
         let mut i = 0;
         while i < rows {
-            let (into, a) = (&mut into[i * strides[0] + j..], &a[i / PANEL * apart + i % PANEL..]);
+            let (into, a) = (&mut into[i * wide + j..], &a[i / PANEL * apart + i % PANEL..]);
             i += match (rows - i).min(PANEL - i % PANEL) {
-                left if left >= R => panel_tile::<R>(into, a, b, strides, depth),
-                4.. => panel_tile::<4>(into, a, b, strides, depth),
-                2.. => panel_tile::<2>(into, a, b, strides, depth),
-                _ => panel_tile::<1>(into, a, b, strides, depth),
+                left if left >= R => panel_tile::<R>(into, a, b, [wide, under], depth),
+                4.. => panel_tile::<4>(into, a, b, [wide, under], depth),
+                2.. => panel_tile::<2>(into, a, b, [wide, under], depth),
+                _ => panel_tile::<1>(into, a, b, [wide, under], depth),
             };
         }
     }
@@ -1108,11 +1099,11 @@ fn panels<const R: usize>(
             let sums = &mut sums[..width];
             let a = &a[i / PANEL * apart + i % PANEL..];
             for k in 0..depth {
-                for (s, &b) in sums.iter_mut().zip(&b[k * strides[1] + whole..][..width]) {
+                for (s, &b) in sums.iter_mut().zip(&b[k * under + whole..][..width]) {
                     *s += a[k * PANEL] * b;
                 }
             }
-            for (o, &s) in into[i * strides[0] + whole..][..width].iter_mut().zip(&*sums) {
+            for (o, &s) in into[i * wide + whole..][..width].iter_mut().zip(&*sums) {
                 *o += s;
             }
         }
