@@ -64,52 +64,61 @@ pub(super) fn transpose_shared(threads: usize, from: &[f64], into: &mut [f64], r
 }
 
 /// Columns of a strip of [`pack`].
-const STRIP: usize = 16;
+const STRIP: usize = 8;
 /// Rows of [`add_lower`] that a thread takes.
-const STRIPE: usize = 96;
+const STRIPE: usize = 8 * dispatch::PANEL;
 
-/// Where [`pack`] puts `n` columns of a depth.
-pub(super) fn packed(n: usize, depth: usize) -> Vec<f64> {
-    vec![0.0; n.div_ceil(STRIP) * STRIP * depth]
+/// Where [`pack`] puts `n` columns of a depth: strips, and panels.
+pub(super) fn packed(n: usize, depth: usize) -> [Vec<f64>; 2] {
+    [STRIP, dispatch::PANEL].map(|width| vec![0.0; n.next_multiple_of(width) * depth])
 }
 
-/// `depth` rows of `n`, times `scale`, in strips of columns that lie together.
-pub(super) fn pack(threads: usize, into: &mut [f64], from: &[f64], n: usize, scale: f64) {
+/// `depth` rows of `n` for [`add_lower`]: columns in strips, as its right factor, and in panels, as its left one.
+pub(super) fn pack(threads: usize, [strips, panels]: &mut [Vec<f64>; 2], from: &[f64], n: usize) {
+    for (into, width) in [(strips, STRIP), (panels, dispatch::PANEL)] {
+        let size = n.next_multiple_of(width) * (from.len() / n);
+        pack_columns(threads, &mut into[..size], from, n, width);
+    }
+}
+
+/// Columns, `width` of them together, row behind row.
+fn pack_columns(threads: usize, into: &mut [f64], from: &[f64], n: usize, width: usize) {
     let depth = from.len() / n;
-    let slots: Vec<Mutex<&mut [f64]>> =
-        into.chunks_mut(STRIP * depth).take(n.div_ceil(STRIP)).map(Mutex::new).collect();
+    // Several at once read along whole lines of memory.
+    const TOGETHER: usize = 8;
+    let slots: Vec<Mutex<&mut [f64]>> = into.chunks_mut(TOGETHER * width * depth).map(Mutex::new).collect();
     share(threads, slots.len(), |i| {
         let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
-        let width = STRIP.min(n - i * STRIP);
-        for (into, from) in slot.chunks_exact_mut(STRIP).zip(from.chunks_exact(n)) {
-            into[..width].iter_mut().zip(&from[i * STRIP..]).for_each(|(o, &x)| *o = scale * x);
+        for (k, row) in from.chunks_exact(n).enumerate() {
+            let row = &row[i * TOGETHER * width..];
+            for (into, from) in slot.chunks_exact_mut(width * depth).zip(row.chunks(width)) {
+                into[k * width..][..from.len()].copy_from_slice(from);
+            }
         }
     });
 }
 
-/// `into += a b` on and below the diagonal, for `a` of `n x depth` and a packed `b` of `depth x n`; rows of `into` are `wide` apart.
+/// `into += a^T a` on and below the diagonal, for a packed `a` of `depth x n`.
 pub(super) fn add_lower(
     level: Level,
     threads: usize,
     into: &mut [f64],
-    wide: usize,
-    a: &[f64],
-    b: &[f64],
+    n: usize,
+    [strips, panels]: &[Vec<f64>; 2],
     depth: usize,
 ) {
-    let n = a.len() / depth;
-    let slots: Vec<Mutex<&mut [f64]>> =
-        into.chunks_mut(STRIPE * wide).take(n.div_ceil(STRIPE)).map(Mutex::new).collect();
+    let slots: Vec<Mutex<&mut [f64]>> = into.chunks_mut(STRIPE * n).map(Mutex::new).collect();
     // The longest stripes first: they are the last ones.
     share(threads, slots.len(), |i| {
         let i = slots.len() - 1 - i;
         let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
         let rows = STRIPE.min(n - i * STRIPE);
-        let a = &a[i * STRIPE * depth..];
+        let a = &panels[i * STRIPE * depth..];
         for strip in 0..(i * STRIPE + rows).div_ceil(STRIP) {
-            let width = STRIP.min(n - strip * STRIP);
-            let (into, b) = (&mut slot[strip * STRIP..], &b[strip * STRIP * depth..]);
-            dispatch::multiply(level, into, a, b, [wide, depth, STRIP], [rows, depth, width], level.tall());
+            let strides = [n, dispatch::PANEL * depth, STRIP];
+            let size = [rows, depth, STRIP.min(n - strip * STRIP)];
+            let (into, b) = (&mut slot[strip * STRIP..], &strips[strip * STRIP * depth..]);
+            dispatch::multiply_panels(level, into, a, b, strides, size, level.tall());
         }
     });
 }
@@ -163,21 +172,23 @@ pub fn product(level: Level, a: &[f64], b: &[f64], rows: usize, depth: usize, co
 
 /// The upper triangular `r` with `r^T r = g`, or nothing if some pivot is below `least` of its diagonal element.
 pub fn cholesky(g: &[f64], n: usize, least: f64) -> Option<Vec<f64>> {
-    let mut r = vec![0.0; n * n];
-    for i in 0..n {
-        for j in i..n {
-            let mut sum = g[i * n + j];
-            for k in 0..i {
-                sum -= r[k * n + i] * r[k * n + j];
-            }
-            if j == i {
-                if sum.is_nan() || sum <= least * g[i * n + i].abs() || sum < f64::MIN_POSITIVE {
-                    return None;
-                }
-                r[i * n + i] = sum.sqrt();
-            } else {
-                r[i * n + j] = sum / r[i * n + i];
-            }
+    let mut r = g.to_vec();
+    for k in 0..n {
+        let (done, rest) = r.split_at_mut((k + 1) * n);
+        let row = &mut done[k * n..];
+        row[..k].fill(0.0);
+        let pivot = row[k];
+        if pivot.is_nan() || pivot <= least * g[k * n + k].abs() || pivot < f64::MIN_POSITIVE {
+            return None;
+        }
+        row[k] = pivot.sqrt();
+        let root = row[k];
+        row[k + 1..].iter_mut().for_each(|x| *x /= root);
+        // What the row takes from those below it: along memory, and for every element in the order of rows.
+        for (i, below) in rest.chunks_exact_mut(n).enumerate() {
+            let i = k + 1 + i;
+            let by = row[i];
+            below[i..].iter_mut().zip(&row[i..]).for_each(|(x, &r)| *x -= by * r);
         }
     }
     Some(r)
@@ -186,24 +197,48 @@ pub fn cholesky(g: &[f64], n: usize, least: f64) -> Option<Vec<f64>> {
 /// The inverse of an upper triangular matrix.
 pub fn invert_triangle(r: &[f64], n: usize) -> Vec<f64> {
     let mut inverse = vec![0.0; n * n];
-    for j in 0..n {
-        inverse[j * n + j] = 1.0 / r[j * n + j];
-        for i in (0..j).rev() {
-            let sum: f64 = (i + 1..=j).map(|k| r[i * n + k] * inverse[k * n + j]).sum();
-            inverse[i * n + j] = -sum / r[i * n + i];
+    for i in (0..n).rev() {
+        let (above, below) = inverse.split_at_mut((i + 1) * n);
+        let row = &mut above[i * n..];
+        for (k, done) in (i + 1..n).zip(below.chunks_exact(n)) {
+            let by = r[i * n + k];
+            row[k..].iter_mut().zip(&done[k..]).for_each(|(x, &d)| *x += by * d);
         }
+        let pivot = r[i * n + i];
+        row.iter_mut().for_each(|x| *x = -*x / pivot);
+        row[i] = 1.0 / pivot;
     }
     inverse
 }
 
 /// Makes the columns of `w` (`rows x b`) orthonormal, and orthogonal to those of earlier blocks, which are orthonormal.
 ///
+/// As [`orthonormalise_by`].
+pub fn orthonormalise(level: Level, threads: usize, w: &mut Vec<f64>, b: usize, earlier: &[Vec<f64>], fresh: Philox) {
+    orthonormalise_by(level, threads, w, b, (fresh, &mut 0), |w| {
+        for v in earlier {
+            let k = v.len() * b / w.len();
+            let mut c = cross(level, threads, v, k, w, b);
+            c.iter_mut().for_each(|c| *c = -*c);
+            add_product(level, threads, w, v, k, &c, b);
+        }
+    });
+}
+
+/// Makes the columns of `w` (`rows x b`) orthonormal, and orthogonal to what `project` takes from them.
+///
 /// Block Gram-Schmidt, twice, and Cholesky QR, twice: with f64 sums that is stable for condition numbers up to 1e7 (Yamamoto et al. 2015,
 /// "Roundoff error analysis of the CholeskyQR2 algorithm"). Columns that depend on others beyond that are replaced by random ones, so that there
 /// always are `b` directions; there must be room for them.
-pub fn orthonormalise(level: Level, threads: usize, w: &mut Vec<f64>, b: usize, earlier: &[Vec<f64>], fresh: Philox) {
+pub(super) fn orthonormalise_by(
+    level: Level,
+    threads: usize,
+    w: &mut Vec<f64>,
+    b: usize,
+    (fresh, drawn): (Philox, &mut u64),
+    mut project: impl FnMut(&mut [f64]),
+) {
     let rows = w.len() / b.max(1);
-    let mut drawn = 0u64;
     let scales = cross(level, threads, w, b, w, b);
     let scales: Vec<f64> = (0..b).map(|j| scales[j * b + j].sqrt()).collect();
     // To unit columns, because squares of small numbers are lost.
@@ -213,12 +248,7 @@ pub fn orthonormalise(level: Level, threads: usize, w: &mut Vec<f64>, b: usize, 
     for _ in 0..8 {
         let mut healthy = true;
         for _ in 0..2 {
-            for v in earlier {
-                let k = v.len() / rows;
-                let mut c = cross(level, threads, v, k, w, b);
-                c.iter_mut().for_each(|c| *c = -*c);
-                add_product(level, threads, w, v, k, &c, b);
-            }
+            project(w);
             let g = cross(level, threads, w, b, w, b);
             if let Some(r) = cholesky(&g, b, 1e-14) {
                 let mut q = vec![0.0; w.len()];
@@ -240,8 +270,8 @@ pub fn orthonormalise(level: Level, threads: usize, w: &mut Vec<f64>, b: usize, 
             let scale = 1.0 / (rows as f64).sqrt();
             let mut noise = vec![0.0; (b - kept).max(1)];
             for row in q.chunks_exact_mut(b) {
-                dispatch::normal(level, &mut noise[..b - kept], fresh, drawn, scale);
-                drawn += (b - kept) as u64;
+                dispatch::normal(level, &mut noise[..b - kept], fresh, *drawn, scale);
+                *drawn += (b - kept) as u64;
                 row[kept..].copy_from_slice(&noise[..b - kept]);
             }
             *w = q;

@@ -15,7 +15,7 @@ pub(super) fn symmetric_until(a: &[f64], n: usize, stop: &dyn Fn() -> bool) -> O
     }
     let mut z = a.to_vec();
     let (mut d, mut e) = reduce(&mut z, n, true, stop)?;
-    iterate(&mut d, &mut e, Some(&mut z), stop)?;
+    iterate(&mut d, &mut e, stop, |from, turns| turn(&mut z, n, from, turns))?;
     let mut order: Vec<usize> = (0..n).collect();
     order.sort_by(|&i, &j| d[j].total_cmp(&d[i]).then(i.cmp(&j)));
     let mut vectors = Vec::with_capacity(n * n);
@@ -33,7 +33,7 @@ pub fn tridiagonal(d: Vec<f64>, e: Vec<f64>) -> Vec<f64> {
 }
 
 fn tridiagonal_until(mut d: Vec<f64>, mut e: Vec<f64>, stop: &dyn Fn() -> bool) -> Option<Vec<f64>> {
-    iterate(&mut d, &mut e, None, stop)?;
+    iterate(&mut d, &mut e, stop, |_, _| ())?;
     d.sort_by(|a, b| b.total_cmp(a));
     Some(d)
 }
@@ -129,11 +129,18 @@ fn reduce(z: &mut [f64], n: usize, vectors: bool, stop: &dyn Fn() -> bool) -> Op
     Some((d, e))
 }
 
-/// The implicit QL iteration on a tridiagonal matrix, `e[i]` beside `d[i - 1]` and `d[i]`; rows of `z` are turned along.
-fn iterate(d: &mut [f64], e: &mut [f64], mut z: Option<&mut [f64]>, stop: &dyn Fn() -> bool) -> Option<()> {
+/// The implicit QL iteration on a tridiagonal matrix, `e[i]` beside `d[i - 1]` and `d[i]`. `turned` is told the rotations of every sweep, each
+/// a cosine and a sine: of vectors `from` and `from + 1`, then of the two before, and so on. Nothing once `stop` says so.
+pub(super) fn iterate(
+    d: &mut [f64],
+    e: &mut [f64],
+    stop: &dyn Fn() -> bool,
+    mut turned: impl FnMut(usize, &[[f64; 2]]),
+) -> Option<()> {
     let n = d.len();
     e.rotate_left(1);
     e[n - 1] = 0.0;
+    let mut turns = Vec::with_capacity(n);
     for l in 0..n {
         // Thirty turns are more than any matrix of floats has been seen to need; the bound keeps hostile numbers from going round for ever.
         for _ in 0..60 {
@@ -149,6 +156,7 @@ fn iterate(d: &mut [f64], e: &mut [f64], mut z: Option<&mut [f64]>, stop: &dyn F
             g = d[m] - d[l] + e[l] / (g + if g >= 0.0 { r } else { -r });
             let (mut s, mut c, mut p) = (1.0, 1.0, 0.0);
             let mut early = false;
+            turns.clear();
             for i in (l..m).rev() {
                 let f = s * e[i];
                 let b = c * e[i];
@@ -167,15 +175,9 @@ fn iterate(d: &mut [f64], e: &mut [f64], mut z: Option<&mut [f64]>, stop: &dyn F
                 p = s * r;
                 d[i + 1] = g + p;
                 g = c * r - b;
-                if let Some(z) = z.as_deref_mut() {
-                    let (low, high) = z.split_at_mut((i + 1) * n);
-                    for (a, b) in low[i * n..].iter_mut().zip(&mut high[..n]) {
-                        let f = *b;
-                        *b = s * *a + c * f;
-                        *a = c * *a - s * f;
-                    }
-                }
+                turns.push([c, s]);
             }
+            turned(m - 1, &turns);
             if early {
                 continue;
             }
@@ -185,6 +187,18 @@ fn iterate(d: &mut [f64], e: &mut [f64], mut z: Option<&mut [f64]>, stop: &dyn F
         }
     }
     Some(())
+}
+
+/// Turns rows of `z` (`n` each), as [`iterate`] says.
+fn turn(z: &mut [f64], n: usize, from: usize, turns: &[[f64; 2]]) {
+    for (i, &[c, s]) in (0..=from).rev().zip(turns) {
+        let (low, high) = z.split_at_mut((i + 1) * n);
+        for (a, b) in low[i * n..].iter_mut().zip(&mut high[..n]) {
+            let f = *b;
+            *b = s * *a + c * f;
+            *a = c * *a - s * f;
+        }
+    }
 }
 
 /// Singular values, descending, of a small square matrix, with its left and right vectors as columns: one-sided Jacobi, which finds small

@@ -36,8 +36,10 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
     let by_rows = matrix.columns <= matrix.rows;
     let threads = sweep.settings.threads();
     let mut values = vec![0.0; n * n];
-    // A piece in both layouts: sides as rows, and as packed columns.
-    let (mut left, mut turned, mut right) = (vec![0.0; n * DEPTH], vec![0.0; n * DEPTH], packed(n, DEPTH));
+    // A piece along the smaller side, as it is read where that is the other one, and packed as both factors.
+    let mut piece = vec![0.0; n * DEPTH];
+    let mut across = vec![0.0; if by_rows { 0 } else { n * DEPTH }];
+    let mut both = packed(n, DEPTH);
     let mut squares = 0.0;
     let level = sweep.level;
     sweep.control.expect(matrix.bytes());
@@ -54,11 +56,10 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
             }
         };
         if by_rows {
-            let piece = &mut turned[..depth * n];
             let parts = depth.div_ceil(24);
             let sums: Vec<Mutex<f64>> = (0..parts).map(|_| Mutex::new(0.0)).collect();
             {
-                let slots: Vec<Mutex<&mut [f64]>> = piece.chunks_mut(24 * n).map(Mutex::new).collect();
+                let slots: Vec<Mutex<&mut [f64]>> = piece[..depth * n].chunks_mut(24 * n).map(Mutex::new).collect();
                 share(threads, slots.len(), |i| {
                     let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
                     let mut scratch: (Scratch<f32>, Scratch<f64>) = Default::default();
@@ -75,9 +76,9 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
                 });
             }
             squares += sums.into_iter().map(|s| s.into_inner().unwrap_or_else(PoisonError::into_inner)).sum::<f64>();
-            transpose_shared(threads, piece, &mut left[..n * depth], depth, n);
         } else {
-            let slots: Vec<Mutex<&mut [f64]>> = left[..n * depth].chunks_mut(STRIPE * depth).map(Mutex::new).collect();
+            let slots: Vec<Mutex<&mut [f64]>> =
+                across[..n * depth].chunks_mut(STRIPE * depth).map(Mutex::new).collect();
             share(threads, slots.len(), |i| {
                 let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
                 let mut scratch: (Scratch<f32>, Scratch<f64>) = Default::default();
@@ -95,14 +96,14 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
                 }
             });
             drop(slots);
-            squares += left[..n * depth].chunks(dispatch::MICRO).map(|m| dispatch::dot(level, m, m)).sum::<f64>();
-            transpose_shared(threads, &left[..n * depth], &mut turned[..n * depth], n, depth);
+            squares += across[..n * depth].chunks(dispatch::MICRO).map(|m| dispatch::dot(level, m, m)).sum::<f64>();
+            transpose_shared(threads, &across[..n * depth], &mut piece[..n * depth], n, depth);
         }
         if let Some((_, e)) = error.into_inner().unwrap_or_else(PoisonError::into_inner) {
             return Err(e);
         }
-        pack(threads, &mut right, &turned[..n * depth], n, 1.0);
-        add_lower(level, threads, &mut values, n, &left[..n * depth], &right, depth);
+        pack(threads, &mut both, &piece[..n * depth], n);
+        add_lower(level, threads, &mut values, n, &both, depth);
         sweep.control.advance((matrix.bytes() as f64 * depth as f64 / long as f64) as u64);
     }
     if !squares.is_finite() {
@@ -119,7 +120,7 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
 /// Bytes that [`decompose`] and [`spectrum`] hold at most, or with a rank those of [`bottom_exact`].
 pub(super) fn memory(rows: usize, columns: usize, rank: Option<usize>, threads: usize) -> u64 {
     let (n, long) = (rows.min(columns) as u64, rows.max(columns) as u64);
-    let gathering = 8 * n * (n + 3 * DEPTH as u64);
+    let gathering = 8 * (n * n + (4 * n + 24) * DEPTH as u64);
     // Vectors of both sides, twice while they are made orthonormal and once more while they are turned; and what reads them.
     let sides = |r: u64| 8 * r * (3 * long + 2 * n) + threads as u64 * 48 * 16 * n;
     let solving = match rank {

@@ -7,7 +7,10 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::dense::share;
+use super::eigen;
 use crate::simd::{Level, dispatch};
+use crate::stream::Control;
+use crate::{Error, Result};
 
 /// Columns of the vectors that are rotated together.
 const STRIP: usize = dispatch::TURNED;
@@ -19,16 +22,28 @@ const SWEEPS: usize = 48;
 /// A reflector's vector `u`, and `p`, with which the matrix becomes `a - u p^T - p u^T`.
 type Update = (Vec<f64>, Vec<f64>);
 
+/// A diagonal, what is beside it, and the reflectors that lead there.
+type Tridiagonal = (Vec<f64>, Vec<f64>, Vec<Vec<f64>>);
+
 /// Eigenvalues, descending, and eigenvectors, one a row, of a symmetric matrix of `n` rows, which is used up. The largest component of each
 /// vector is positive.
-pub(crate) fn symmetric(level: Level, threads: usize, mut a: Vec<f64>, n: usize) -> (Vec<f64>, Vec<f64>) {
+///
+/// # Errors
+/// [`Error::Cancelled`].
+pub(crate) fn symmetric(
+    level: Level,
+    threads: usize,
+    mut a: Vec<f64>,
+    n: usize,
+    control: &Control,
+) -> Result<(Vec<f64>, Vec<f64>)> {
     if n == 0 {
-        return (vec![], vec![]);
+        return Ok((vec![], vec![]));
     }
-    let (mut d, mut e, reflectors) = reduce(level, &mut a, n);
-    let mut strips = transformation(level, threads, a, n, &reflectors);
+    let (mut d, mut e, reflectors) = reduce(level, &mut a, n, control)?;
+    let mut strips = transformation(level, threads, a, n, &reflectors, control);
     drop(reflectors);
-    iterate(level, threads, &mut d, &mut e, &mut strips);
+    iterate(level, threads, &mut d, &mut e, &strips, control)?;
     let mut order: Vec<usize> = (0..n).collect();
     order.sort_by(|&i, &j| d[j].total_cmp(&d[i]).then(i.cmp(&j)));
     let mut vectors = vec![0.0; n * n];
@@ -42,11 +57,15 @@ pub(crate) fn symmetric(level: Level, threads: usize, mut a: Vec<f64>, n: usize)
             row.iter_mut().for_each(|x| *x = -*x);
         }
     }
-    (order.iter().map(|&i| d[i]).collect(), vectors)
+    Ok((order.iter().map(|&i| d[i]).collect(), vectors))
+}
+
+fn check(control: &Control) -> Result<()> {
+    if control.cancelled() { Err(Error::Cancelled) } else { Ok(()) }
 }
 
 /// The tridiagonal matrix (its diagonal, and what is beside it, the first of which is zero), and the reflectors that lead there.
-fn reduce(level: Level, a: &mut [f64], n: usize) -> (Vec<f64>, Vec<f64>, Vec<Vec<f64>>) {
+fn reduce(level: Level, a: &mut [f64], n: usize, control: &Control) -> Result<Tridiagonal> {
     let (mut d, mut e) = (vec![0.0; n], vec![0.0; n]);
     let mut reflectors: Vec<Vec<f64>> = vec![vec![]; n];
     let mut pending: Option<Update> = None;
@@ -57,6 +76,7 @@ fn reduce(level: Level, a: &mut [f64], n: usize) -> (Vec<f64>, Vec<f64>, Vec<Vec
         }
     };
     for i in (0..n).rev() {
+        check(control)?;
         let (above, row) = a.split_at_mut(i * n);
         updated(&mut row[..=i], i, &pending);
         d[i] = row[i];
@@ -95,7 +115,7 @@ fn reduce(level: Level, a: &mut [f64], n: usize) -> (Vec<f64>, Vec<f64>, Vec<Vec
         reflectors[i] = u.iter().map(|u| u / root).collect();
         pending = Some((u, p));
     }
-    (d, e, reflectors)
+    Ok((d, e, reflectors))
 }
 
 /// The product of the reflectors, one column of it a row, in strips of columns. `room` is used up.
@@ -105,6 +125,7 @@ fn transformation(
     mut room: Vec<f64>,
     n: usize,
     reflectors: &[Vec<f64>],
+    control: &Control,
 ) -> Vec<Mutex<Vec<f64>>> {
     room.fill(0.0);
     let blocks: Vec<Mutex<&mut [f64]>> = room.chunks_mut(ROWS * n).map(Mutex::new).collect();
@@ -115,6 +136,9 @@ fn transformation(
         }
         // Before its own place a row is zero, and stays so under the shorter reflectors.
         for reflector in &reflectors[b * ROWS..] {
+            if control.cancelled() {
+                return;
+            }
             for row in block.chunks_exact_mut(n) {
                 let row = &mut row[..reflector.len()];
                 let k = dispatch::dot(level, row, reflector);
@@ -137,81 +161,51 @@ fn transformation(
         .collect()
 }
 
-/// The rotations of one sweep: of rows `from` and `from + 1`, then of the two before, and so on.
+/// The rotations of one sweep, as [`eigen::iterate`] tells them.
 struct Turns {
     from: usize,
     turns: Vec<[f64; 2]>,
 }
 
-/// The implicit QL iteration; rows of the strips are turned along.
-fn iterate(level: Level, threads: usize, d: &mut [f64], e: &mut [f64], strips: &mut [Mutex<Vec<f64>>]) {
+/// The QL iteration; rows of the strips are turned along, many sweeps at once.
+fn iterate(
+    level: Level,
+    threads: usize,
+    d: &mut [f64],
+    e: &mut [f64],
+    strips: &[Mutex<Vec<f64>>],
+    control: &Control,
+) -> Result<()> {
     let n = d.len();
-    e.rotate_left(1);
-    e[n - 1] = 0.0;
     let (mut kept, mut count): (Vec<Turns>, usize) = (Vec::new(), 0);
     let apply = |kept: &mut Vec<Turns>| {
         share(threads, strips.len(), |s| {
             let mut strip = strips[s].lock().unwrap_or_else(PoisonError::into_inner);
             for Turns { from, turns } in &*kept {
+                if control.cancelled() {
+                    return;
+                }
                 dispatch::turn(level, &mut strip, *from, turns);
             }
         });
         kept.clear();
     };
-    for l in 0..n {
-        // As in `eigen`: more than any matrix needs.
-        for _ in 0..60 {
-            let m = (l..n - 1).find(|&m| e[m].abs() <= f64::EPSILON * (d[m].abs() + d[m + 1].abs())).unwrap_or(n - 1);
-            if m == l {
-                break;
-            }
-            let mut g = (d[l + 1] - d[l]) / (2.0 * e[l]);
-            let mut r = (g * g + 1.0).sqrt();
-            g = d[m] - d[l] + e[l] / (g + if g >= 0.0 { r } else { -r });
-            let (mut s, mut c, mut p) = (1.0, 1.0, 0.0);
-            let mut early = false;
-            let mut turns = Vec::with_capacity(m - l);
-            for i in (l..m).rev() {
-                let f = s * e[i];
-                let b = c * e[i];
-                r = (f * f + g * g).sqrt();
-                e[i + 1] = r;
-                if r == 0.0 {
-                    d[i + 1] -= p;
-                    e[m] = 0.0;
-                    early = true;
-                    break;
-                }
-                s = f / r;
-                c = g / r;
-                g = d[i + 1] - p;
-                r = (d[i] - g) * s + 2.0 * c * b;
-                p = s * r;
-                d[i + 1] = g + p;
-                g = c * r - b;
-                turns.push([c, s]);
-            }
-            count += turns.len();
-            kept.push(Turns { from: m - 1, turns });
-            if count >= SWEEPS * n {
-                apply(&mut kept);
-                count = 0;
-            }
-            if early {
-                continue;
-            }
-            d[l] -= p;
-            e[l] = g;
-            e[m] = 0.0;
+    let ended = eigen::iterate(d, e, &|| control.cancelled(), |from, turns| {
+        kept.push(Turns { from, turns: turns.to_vec() });
+        count += turns.len();
+        if count >= SWEEPS * n {
+            apply(&mut kept);
+            count = 0;
         }
-    }
+    });
+    ended.ok_or(Error::Cancelled)?;
     apply(&mut kept);
+    check(control)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linalg::eigen;
     use crate::philox::Philox;
 
     /// Random, of low rank, diagonal, or zero.
@@ -230,7 +224,8 @@ mod tests {
     fn eigenpairs_are_those_of_the_matrix_and_the_same_everywhere() {
         for (n, rank) in [(1, 1), (2, 2), (3, 1), (40, 50), (97, 97), (70, 4), (33, 0)] {
             let a = matrix(n, rank);
-            let (values, vectors) = symmetric(Level::portable(), 1, a.clone(), n);
+            let (values, vectors) =
+                symmetric(Level::portable(), 1, a.clone(), n, &Control::default()).expect("not cancelled");
             let (others, _) = eigen::symmetric(&a, n);
             let largest = others[0].max(1e-300);
             assert!(values.iter().zip(&others).all(|(v, o)| (v - o).abs() <= 1e-12 * largest), "{n}, {rank}");
@@ -243,8 +238,17 @@ mod tests {
                 }
             }
             for level in Level::available() {
-                assert_eq!(symmetric(level, 3, a.clone(), n), (values.clone(), vectors.clone()));
+                let again = symmetric(level, 3, a.clone(), n, &Control::default()).expect("not cancelled");
+                assert_eq!(again, (values.clone(), vectors.clone()));
             }
         }
+    }
+
+    #[test]
+    fn it_ends_when_it_is_cancelled() {
+        let control = Control::default();
+        control.cancel();
+        let found = symmetric(Level::portable(), 2, matrix(40, 40), 40, &control);
+        assert!(matches!(found, Err(Error::Cancelled)));
     }
 }

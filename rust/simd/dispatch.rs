@@ -1,7 +1,7 @@
 //! Stamps each body of [`super::kernel`] for every instruction set and calls the one of a [`Level`].
 
 use super::kernel;
-pub use super::kernel::{Band, Draw, Extent, MICRO, Moves, PanelOf, Rounding, TURNED};
+pub use super::kernel::{Band, Draw, Extent, MICRO, Moves, PANEL, PanelOf, Rounding, TURNED};
 use super::level::Level;
 #[cfg(target_arch = "x86_64")]
 use super::level::Set;
@@ -303,6 +303,10 @@ stamp!(
 stamp!(
     /// [`kernel::weigh`] at a level.
     weigh [W: Work] (into: &mut [W], x: &[W], c: f64)
+);
+stamp!(
+    /// [`kernel::multiply_panels`] at a level.
+    multiply_panels [] (into: &mut [f64], a: &[f64], b: &[f64], strides: [usize; 3], size: [usize; 3], tall: usize)
 );
 
 /// The rounding report of at most MICRO elements, from the updates and what they changed. Not one body: compilers make better code of

@@ -34,17 +34,17 @@ struct Side {
 }
 
 impl Side {
-    fn of<W: Work>(panels: &Panels<'_, W>, gram: Vec<f64>, n: usize) -> Self {
+    fn of<W: Work>(panels: &Panels<'_, W>, gram: Vec<f64>, n: usize) -> Result<Self> {
         Self::within(panels, gram, n, 0.0)
     }
 
     /// The same of what is left of a matrix of a norm: what is small beside that is zero too.
-    fn within<W: Work>(panels: &Panels<'_, W>, gram: Vec<f64>, n: usize, norm: f64) -> Self {
-        let (values, vectors) = symmetric(panels.level(), panels.threads(), gram, n);
+    fn within<W: Work>(panels: &Panels<'_, W>, gram: Vec<f64>, n: usize, norm: f64) -> Result<Self> {
+        let (values, vectors) = symmetric(panels.level(), panels.threads(), gram, n, panels.control())?;
         let s: Vec<f64> = values.iter().map(|v| v.max(0.0).sqrt()).collect();
         let first = s.first().copied().unwrap_or(0.0).max(norm);
         let kept = s.iter().take_while(|&&s| s > CUT * first).count();
-        Self { s, vectors, kept }
+        Ok(Self { s, vectors, kept })
     }
 
     fn sum(&self) -> f64 {
@@ -79,10 +79,10 @@ impl Side {
 }
 
 /// The inverse square root of a Gram matrix, of those directions that are not zero.
-fn inverse_root<W: Work>(panels: &Panels<'_, W>, gram: Vec<f64>, n: usize) -> Vec<f64> {
-    let side = Side::of(panels, gram, n);
+fn inverse_root<W: Work>(panels: &Panels<'_, W>, gram: Vec<f64>, n: usize) -> Result<Vec<f64>> {
+    let side = Side::of(panels, gram, n)?;
     let gains: Vec<f64> = side.s[..side.kept].iter().map(|s| 1.0 / s).collect();
-    side.filter(panels, &gains)
+    Ok(side.filter(panels, &gains))
 }
 
 /// The Frobenius norm of a matrix, from its Gram matrix.
@@ -190,7 +190,7 @@ fn reaching(values: &[f64], share: f64) -> usize {
 /// Singular values and vectors of the weighted sum of the task vectors.
 fn whole<W: Work>(panels: &Panels<'_, W>, weights: &[f64]) -> Result<Side> {
     let mut gram = panels.products(&[(weights.to_vec(), weights.to_vec())])?;
-    Ok(Side::of(panels, gram.swap_remove(0), panels.side()))
+    Side::of(panels, gram.swap_remove(0), panels.side())
 }
 
 /// The weighted sum of the task vectors with every singular value times a gain.
@@ -205,7 +205,7 @@ fn filtered<W: Work, O: Work>(panels: &Panels<'_, W>, weights: &[f64], side: Sid
 fn task<W: Work>(panels: &Panels<'_, W>, weights: &[f64], i: usize) -> Result<Side> {
     let mix = only(weights.len(), i, weights[i]);
     let mut gram = panels.products(&[(mix.clone(), mix)])?;
-    Ok(Side::of(panels, gram.swap_remove(0), panels.side()))
+    Side::of(panels, gram.swap_remove(0), panels.side())
 }
 
 fn star<W: Work, O: Work>(
@@ -255,12 +255,12 @@ fn orthogonal<W: Work, O: Work>(panels: &Panels<'_, W>, pieces: &[Piece], own: &
     let (n, width) = (panels.side(), s.len());
     let across = turned(own, n, width);
     let gram = product(level, threads, &across, own, [width, n, width]);
-    let mut last = product(level, threads, &inverse_root(panels, gram, width), &across, [width, width, n]);
+    let mut last = product(level, threads, &inverse_root(panels, gram, width)?, &across, [width, width, n]);
     drop(across);
     for (row, s) in last.chunks_exact_mut(n).zip(s) {
         row.iter_mut().for_each(|x| *x *= s);
     }
-    let root = inverse_root(panels, panels.gram(pieces, width)?, width);
+    let root = inverse_root(panels, panels.gram(pieces, width)?, width)?;
     let last = product(level, threads, &root, &last, [width, width, n]);
     drop(root);
     panels.update(pieces, Some((&last, width)))
@@ -297,7 +297,7 @@ fn iso_cts<W: Work, O: Work>(panels: &Panels<'_, W>, weights: &[f64], share: f64
             let mut rest = all.filter(panels, &vec![-1.0; kept]);
             (0..n).for_each(|k| rest[k * n + k] += 1.0);
             let half = product(level, threads, &gram, &rest, [n, n, n]);
-            side = Side::within(panels, product(level, threads, &rest, &half, [n, n, n]), n, norm);
+            side = Side::within(panels, product(level, threads, &rest, &half, [n, n, n]), n, norm)?;
         } else {
             // It is on the other side: G - Y^T Y with Y = U^T d = S^-1 V^T M^T d.
             let mut both = panels.products(&[(mix.clone(), mix.clone()), (weights.to_vec(), mix.clone())])?.into_iter();
@@ -310,7 +310,7 @@ fn iso_cts<W: Work, O: Work>(panels: &Panels<'_, W>, weights: &[f64], share: f64
             let minus: Vec<f64> = turned(&y, kept, n).iter().map(|x| -x).collect();
             let less = product(level, threads, &minus, &y, [n, kept, n]);
             gram.iter_mut().zip(&less).for_each(|(g, l)| *g += l);
-            side = Side::within(panels, gram, n, norm);
+            side = Side::within(panels, gram, n, norm)?;
             // -V S^-1 Y v / s, for each v of the task.
             let vectors = side.columns(each, |s| 1.0 / s);
             let mut inside = product(level, threads, &y, &vectors, [kept, n, each]);
@@ -408,7 +408,7 @@ fn knots_by_rows<W: Work, O: Work>(panels: &Panels<'_, W>, choice: &Choice<'_>) 
         Ok(())
     })?;
     packed::mirror(&mut gram, m);
-    let side = Side::of(panels, gram, m);
+    let side = Side::of(panels, gram, m)?;
     let r = side.kept;
     let basis = side.columns(r, |_| 1.0);
     drop(side);
@@ -465,7 +465,7 @@ fn knots_by_columns<W: Work, O: Work>(panels: &Panels<'_, W>, choice: &Choice<'_
             }
         }
     }
-    let side = Side::of(panels, gram, wide);
+    let side = Side::of(panels, gram, wide)?;
     let r = side.kept;
     // S V_i^T, r x n each.
     let part = |i: usize, gain: &dyn Fn(f64) -> f64| -> Vec<f64> {

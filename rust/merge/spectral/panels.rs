@@ -7,6 +7,7 @@ use crate::bf16::Work;
 use crate::linalg::dense::transpose;
 use crate::linalg::packed::{self, Packed};
 use crate::simd::Level;
+use crate::stream::Control;
 use crate::{Error, Result};
 
 use crate::merge::linear::blame_input;
@@ -70,6 +71,10 @@ impl<'a, W: Work> Panels<'a, W> {
 
     pub(super) fn threads(&self) -> usize {
         self.worker.threads
+    }
+
+    pub(super) fn control(&self) -> &Control {
+        self.worker.control
     }
 
     /// The side that is held.

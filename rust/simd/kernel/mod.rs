@@ -10,6 +10,7 @@ mod mask;
 mod matrix;
 mod measure;
 mod moved;
+mod panels;
 mod random;
 mod ranks;
 
@@ -18,6 +19,7 @@ pub use mask::*;
 pub use matrix::*;
 pub use measure::*;
 pub use moved::*;
+pub use panels::*;
 pub use random::*;
 pub use ranks::*;
 
