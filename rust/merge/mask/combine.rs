@@ -7,7 +7,7 @@ use crate::bf16::Work;
 use crate::dtype::Dtype;
 use crate::select::{magnitude, top};
 use crate::simd::Level;
-use crate::simd::dispatch::{self, Band, Draw, with_element};
+use crate::simd::dispatch::{self, Band, Draw, Vote, with_element};
 
 use super::super::method::Worker;
 use super::super::points::{Lanes, Points, Update, round};
@@ -48,6 +48,9 @@ impl<W: Work> Update<W> for Combine<'_, W> {
     }
 
     fn make(&mut self, points: &mut Points<'_, '_, W>, u: &mut [W], elements: Range<u64>) -> Result<bool> {
+        if let Some(finite) = self.vote(points, u, &elements) {
+            return Ok(finite);
+        }
         let mut finite = true;
         for part in points.spans(&elements) {
             let u = &mut u[(part.start - elements.start) as usize..(part.end - elements.start) as usize];
@@ -118,6 +121,55 @@ impl<W: Work> Combine<'_, W> {
             }
         }
         Ok(finite)
+    }
+
+    /// The update in one go, of two tensors of the base's format from which magnitudes choose. `None` where it is another case; else
+    /// whether all differences are finite.
+    fn vote(&self, points: &Points<'_, '_, W>, u: &mut [W], elements: &Range<u64>) -> Option<bool> {
+        let Rule::Chosen { choices, agreement } = &self.mask.rule else { return None };
+        let [first, second] = &choices[..] else { return None };
+        let ends = [self.ends(first, elements)?, self.ends(second, elements)?];
+        let (dtype, _) = points.pair(0, elements).and(points.pair(1, elements))?;
+        let weights = [W::from_f64(self.mask.weights[0]), W::from_f64(self.mask.weights[1])];
+        let all = W::from_f64(self.mask.weights.iter().fold(0.0, |sum, w| sum + w));
+        let by =
+            |share: W| if !agreement.normalize || share.abs() < W::from_f64(TINY) { W::from_f64(1.0) } else { share };
+        let both = if agreement.elect { weights[0] + weights[1] } else { all };
+        let vote = Vote {
+            elect: agreement.elect,
+            divisors: [W::from_f64(1.0), by(weights[0]), by(weights[1]), by(both)],
+            lambda: W::from_f64(agreement.lambda),
+        };
+        let mut cuts = [0, ends[0][0].0, ends[0][1].0, ends[1][0].0, ends[1][1].0, u.len()];
+        cuts.sort_unstable();
+        let mut largest = W::Magnitude::default();
+        for cut in cuts.windows(2).filter(|cut| cut[0] < cut[1]) {
+            let (from, to) = (cut[0], cut[1]);
+            let band = |i: usize| {
+                let [floor, ceiling] =
+                    ends[i].map(|(at, before, after)| magnitude::<W>(if from < at { before } else { after }));
+                Band { floor, ceiling, c: W::from_f64(self.mask.weights[i] * self.solved[i]) }
+            };
+            let elements = elements.start + from as u64..elements.start + to as u64;
+            let (u, bands) = (&mut u[from..to], [band(0), band(1)]);
+            let ((_, [x, base]), (_, [y, _])) = (points.pair(0, &elements)?, points.pair(1, &elements)?);
+            let here =
+                with_element!(dtype, E => dispatch::vote_apart::<E, W>(points.level, u, [x, y], base, bands, vote));
+            largest = largest.max(here);
+        }
+        Some(W::from_magnitude(largest).is_finite())
+    }
+
+    /// Floor and ceiling of what magnitudes choose, each as [`Bound::split`] says it.
+    fn ends(&self, choice: &Choice, elements: &Range<u64>) -> Option<[(usize, u64, u64); 2]> {
+        let n = (elements.end - elements.start) as usize;
+        let bounds = &self.scratch.bounds;
+        match choice {
+            Choice::All => Some([(n, 0, 0), (n, u64::MAX, u64::MAX)]),
+            Choice::Largest(kept) => Some([bounds[*kept].split(elements), (n, u64::MAX, u64::MAX)]),
+            Choice::Between(kept, most) => Some([bounds[*kept].split(elements), bounds[*most].split(elements)]),
+            Choice::Random { .. } | Choice::Ranked { .. } => None,
+        }
     }
 
     fn make_span(&mut self, points: &mut Points<'_, '_, W>, u: &mut [W], elements: Range<u64>) -> Result<bool> {

@@ -381,7 +381,7 @@ impl Mask {
     ) -> Result<bool> {
         let here = at..at + (elements.end - elements.start) as usize;
         let level = points.level;
-        let Lanes { base, inputs, more } = lanes;
+        let Lanes { base, inputs, more, .. } = lanes;
         let inputs = &mut inputs[..self.weights.len()];
         let mut finite = true;
         for (i, input) in inputs.iter_mut().enumerate() {
