@@ -165,7 +165,7 @@ impl Pass {
         // What is left of an earlier call beyond them does not count.
         all[marks..marks.next_multiple_of(64)].fill(0);
         for (group, marks) in all[..marks.next_multiple_of(64)].as_chunks::<64>().0.iter().enumerate() {
-            if *marks == [0; 64] {
+            if marks.iter().fold(0, |any, mark| any | mark) == 0 {
                 continue;
             }
             for (word, marks) in marks.as_chunks::<8>().0.iter().enumerate() {

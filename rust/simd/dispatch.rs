@@ -162,6 +162,14 @@ stamp!(
     vote_apart [E: Element, W: Work] (u: &mut [W], pairs: [&[u8]; 2], base: &[u8], bands: [Band<W>; 2], vote: Vote<W>) -> W::Magnitude
 );
 stamp!(
+    /// [`kernel::vote_drawn`] at a level.
+    vote_drawn [E: Element, W: Work] (u: &mut [W], pairs: [&[u8]; 2], base: &[u8], draws: [Draw<'_, W>; 2], rule: Vote<W>) -> W::Magnitude
+);
+stamp!(
+    /// [`kernel::vote`] at a level.
+    vote [W: Work] (u: &mut [W], inputs: [&[W]; 2], c: [W; 2], rule: Vote<W>)
+);
+stamp!(
     /// [`kernel::draw_apart`] at a level.
     draw_apart [E: Element, W: Work] (into: &mut [W], sum: &mut [W], pair: [&[u8]; 2], draw: Draw<'_, W>, first: bool) -> W::Magnitude
 );

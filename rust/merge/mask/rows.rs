@@ -110,7 +110,7 @@ impl Mask {
                 for piece in micros(at..at + x.len() as u64) {
                     // Counters hold four words each, and rows begin anywhere.
                     let aligned = piece.start / 4 * 4;
-                    let words = &mut words[..(piece.end - aligned) as usize];
+                    let words = &mut words[0][..(piece.end - aligned) as usize];
                     dispatch::words(worker.level, words, *generator, aligned);
                     let words = &words[(piece.start - aligned) as usize..];
                     let (from, n) = ((piece.start - at) as usize, words.len());

@@ -1,5 +1,6 @@
 //! Which differences are kept: bands of magnitude, signs, counts, and the sums over what stays.
 
+use super::random::Draw;
 use super::{LANES, elements};
 use crate::bf16::{Element, Work};
 
@@ -82,14 +83,15 @@ pub fn vote_apart<E: Element, W: Work>(
     bands: [Band<W>; 2],
     vote: Vote<W>,
 ) -> W::Magnitude {
-    match vote.elect {
-        true => vote_each::<E, W, true>(u, pairs, base, bands, vote),
-        false => vote_each::<E, W, false>(u, pairs, base, bands, vote),
+    if vote.elect {
+        vote_each_apart::<E, W, true>(u, pairs, base, bands, vote)
+    } else {
+        vote_each_apart::<E, W, false>(u, pairs, base, bands, vote)
     }
 }
 
 #[inline(always)]
-fn vote_each<E: Element, W: Work, const ELECT: bool>(
+fn vote_each_apart<E: Element, W: Work, const ELECT: bool>(
     u: &mut [W],
     pairs: [&[u8]; 2],
     base: &[u8],
@@ -98,7 +100,6 @@ fn vote_each<E: Element, W: Work, const ELECT: bool>(
 ) -> W::Magnitude {
     let (mut largest, mut other) = (W::Magnitude::default(), W::Magnitude::default());
     let [first, second] = bands;
-    let Vote { divisors: [neither, only_first, only_second, both], lambda, .. } = vote;
     // Elements are loaded in the loop's body: of four iterators over elements side by side compilers make no vector code.
     let n = u.len() * E::SIZE;
     let x = pairs[0][..n].chunks_exact(E::SIZE);
@@ -110,7 +111,72 @@ fn vote_each<E: Element, W: Work, const ELECT: bool>(
         let e = W::widen(E::load(y)) - b;
         largest = largest.max(d.magnitude());
         other = other.max(e.magnitude());
-        let (d, e) = (first.keep(d), second.keep(e));
+        *u = vote.settle::<ELECT>(first.keep(d), second.keep(e));
+    }
+    largest.max(other)
+}
+
+/// [`vote_apart`] where random words choose.
+#[inline(always)]
+pub fn vote_drawn<E: Element, W: Work>(
+    u: &mut [W],
+    pairs: [&[u8]; 2],
+    base: &[u8],
+    draws: [Draw<'_, W>; 2],
+    vote: Vote<W>,
+) -> W::Magnitude {
+    if vote.elect {
+        vote_each_drawn::<E, W, true>(u, pairs, base, draws, vote)
+    } else {
+        vote_each_drawn::<E, W, false>(u, pairs, base, draws, vote)
+    }
+}
+
+#[inline(always)]
+fn vote_each_drawn<E: Element, W: Work, const ELECT: bool>(
+    u: &mut [W],
+    pairs: [&[u8]; 2],
+    base: &[u8],
+    [first, second]: [Draw<'_, W>; 2],
+    vote: Vote<W>,
+) -> W::Magnitude {
+    let (mut largest, mut other) = (W::Magnitude::default(), W::Magnitude::default());
+    let n = u.len() * E::SIZE;
+    let x = pairs[0][..n].chunks_exact(E::SIZE).zip(first.words);
+    let y = pairs[1][..n].chunks_exact(E::SIZE).zip(second.words);
+    let base = base[..n].chunks_exact(E::SIZE);
+    // 32 bits to a comparison, not 64.
+    let (any, last) = (first.limit > 0, first.limit.saturating_sub(1) as u32);
+    let (any_other, last_other) = (second.limit > 0, second.limit.saturating_sub(1) as u32);
+    for (((u, (x, &word)), (y, &other_word)), b) in u.iter_mut().zip(x).zip(y).zip(base) {
+        let b = W::widen(E::load(b));
+        let d = W::widen(E::load(x)) - b;
+        let e = W::widen(E::load(y)) - b;
+        largest = largest.max(d.magnitude());
+        other = other.max(e.magnitude());
+        let d = if any & (word <= last) { first.c * d } else { W::ZERO };
+        let e = if any_other & (other_word <= last_other) { second.c * e } else { W::ZERO };
+        *u = vote.settle::<ELECT>(d, e);
+    }
+    largest.max(other)
+}
+
+/// `u` from what stays of two inputs, times `c`.
+#[inline(always)]
+pub fn vote<W: Work>(u: &mut [W], inputs: [&[W]; 2], c: [W; 2], vote: Vote<W>) {
+    let pairs = u.iter_mut().zip(inputs[0]).zip(inputs[1]);
+    if vote.elect {
+        pairs.for_each(|((u, &d), &e)| *u = vote.settle::<true>(c[0] * d, c[1] * e));
+    } else {
+        pairs.for_each(|((u, &d), &e)| *u = vote.settle::<false>(c[0] * d, c[1] * e));
+    }
+}
+
+impl<W: Work> Vote<W> {
+    /// The sum of two inputs, or of those that have its sign, over what it is divided by.
+    #[inline(always)]
+    fn settle<const ELECT: bool>(&self, d: W, e: W) -> W {
+        let [neither, only_first, only_second, both] = self.divisors;
         let sum = d + e;
         let (acc, by) = if ELECT {
             let (up, down) = (sum >= W::ZERO, sum < W::ZERO);
@@ -123,9 +189,8 @@ fn vote_each<E: Element, W: Work, const ELECT: bool>(
         } else {
             (sum, both)
         };
-        *u = lambda * (acc / by);
+        self.lambda * (acc / by)
     }
-    largest.max(other)
 }
 
 impl<W: Work> Band<W> {
