@@ -371,28 +371,28 @@ impl Run<'_> {
     /// Writes a tile, and those that come to wait meanwhile; or leaves it to whoever is writing. A buffer for the next.
     fn hand_in(&self, ready: Ready) -> Result<Vec<u8>> {
         let shard = &self.shards[self.jobs[ready.tensor].shard];
-        let first = {
+        let busy = {
             let mut desk = lock(&shard.desk);
-            if desk.busy
-                && let Some(buffer) = lock(&self.spare).pop()
-            {
+            if desk.busy && let Some(buffer) = lock(&self.spare).pop() {
                 desk.waiting.push_back(ready);
                 return Ok(buffer);
             }
-            !std::mem::replace(&mut desk.busy, true)
+            std::mem::replace(&mut desk.busy, true)
         };
         let buffer = self.write(ready)?;
-        while first {
+        if busy {
+            return Ok(buffer);
+        }
+        loop {
             let mut desk = lock(&shard.desk);
             let Some(next) = desk.waiting.pop_front() else {
                 desk.busy = false;
-                break;
+                return Ok(buffer);
             };
             drop(desk);
             let free = self.write(next)?;
             lock(&self.spare).push(free);
         }
-        Ok(buffer)
     }
 
     /// Writes a tile and takes in what it says; its buffer.
