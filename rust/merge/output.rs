@@ -373,7 +373,9 @@ impl Run<'_> {
         let shard = &self.shards[self.jobs[ready.tensor].shard];
         let busy = {
             let mut desk = lock(&shard.desk);
-            if desk.busy && let Some(buffer) = lock(&self.spare).pop() {
+            if desk.busy
+                && let Some(buffer) = lock(&self.spare).pop()
+            {
                 desk.waiting.push_back(ready);
                 return Ok(buffer);
             }

@@ -429,7 +429,7 @@ impl Mask {
             self.find_cuts(worker, points, &block, scratch)?;
         }
         if self.ranks() {
-            self.choose_ranked(worker, job, &block, scratch)?;
+            self.choose_ranked(worker, job, points, &block, scratch)?;
         }
         Ok(())
     }
