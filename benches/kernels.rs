@@ -38,7 +38,7 @@ fn group<'c, E: Element>(
 /// What `apply --from` does to every element: the difference, the sum, the rounding report.
 fn combine<E: Element>(c: &mut Criterion, format: &str) {
     let [p, n, t] = [1, 2, 3].map(|stream| weights::<E>(MICRO, stream));
-    let (mut u, mut r, mut out) = (vec![0f32; MICRO], vec![0f32; MICRO], vec![0u8; MICRO * E::SIZE]);
+    let (mut u, r, mut out) = (vec![0f32; MICRO], vec![1e-4f32; MICRO], vec![0u8; MICRO * E::SIZE]);
     dispatch::difference::<E, f32>(Level::portable(), &mut u, &p, &n, 0.8, true);
     for level in Level::available() {
         let name = level.name();
@@ -47,8 +47,8 @@ fn combine<E: Element>(c: &mut Criterion, format: &str) {
         });
         group::<E>(c, "finish", format, 2)
             .bench_function(name, |b| b.iter(|| dispatch::finish::<E, f32>(level, &mut out, black_box(&t), &u)));
-        group::<E>(c, "finish and change", format, 2).bench_function(name, |b| {
-            b.iter(|| dispatch::finish_change::<E, f32>(level, &mut out, black_box(&t), &u, &mut r));
+        group::<E>(c, "finish and report", format, 2).bench_function(name, |b| {
+            b.iter(|| dispatch::finish_report::<E, f32>(level, &mut out, black_box(&t), &u));
         });
         group::<E>(c, "rounding", format, 1)
             .bench_function(name, |b| b.iter(|| dispatch::rounding(level, black_box(&u), &r)));

@@ -10,9 +10,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock};
 
-use crate::bf16::Work;
+use crate::bf16::{Element, Work};
 use crate::simd::Level;
-use crate::simd::dispatch::{self, MICRO};
+use crate::simd::dispatch::{self, MICRO, Sifted};
 use crate::stream::Control;
 use crate::{Error, Result};
 
@@ -105,13 +105,16 @@ pub struct Pass {
 #[derive(Debug, Clone)]
 pub struct Tally {
     above: u64,
+    highest: u64,
+    lowest: u64,
     zeros: u64,
     slots: [(u64, u64); SLOTS],
+    marks: [u8; MICRO],
 }
 
 impl Default for Tally {
     fn default() -> Self {
-        Self { above: 0, zeros: 0, slots: [(0, 0); SLOTS] }
+        Self { above: 0, highest: 0, lowest: 0, zeros: 0, slots: [(0, 0); SLOTS], marks: [0; MICRO] }
     }
 }
 
@@ -127,23 +130,56 @@ impl Pass {
 
     /// Counts at most MICRO elements.
     pub fn count<W: Work>(&self, level: Level, x: &[W], tally: &mut Tally) {
-        let mut bits = [0u64; MICRO / 64];
-        let words = &mut bits[..x.len().div_ceil(64)];
-        tally.above += dispatch::sift(level, words, x, magnitude::<W>(self.lo), magnitude::<W>(self.hi));
+        let (lo, hi) = (magnitude::<W>(self.lo), magnitude::<W>(self.hi));
+        let sifted = dispatch::sift(level, &mut tally.marks[..x.len()], x, lo, hi);
         if self.zeros {
             tally.zeros += dispatch::count_equal(level, x, W::Magnitude::default());
         }
-        for (word, x) in words.iter().zip(x.chunks(64)) {
-            let mut left = *word;
-            while left != 0 {
-                let key: u64 = x[left.trailing_zeros() as usize].magnitude().into();
-                left &= left - 1;
-                let slot = &mut tally.slots[(key.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 58) as usize];
-                if slot.0 != key {
-                    self.put(slot.0, slot.1);
-                    *slot = (key, 0);
+        self.gather::<W>(x.len(), sifted, |i| x[i].magnitude(), tally);
+    }
+
+    /// Whether [`Pass::count_apart`] counts all that is to be counted.
+    pub fn is_plain(&self) -> bool {
+        !self.zeros
+    }
+
+    /// Counts the differences of at most MICRO elements; the largest magnitude of them.
+    pub fn count_apart<E: Element, W: Work>(&self, level: Level, pair: [&[u8]; 2], tally: &mut Tally) -> W::Magnitude {
+        // Nothing is between neighbours.
+        let marks = if self.hi - self.lo > 1 { pair[0].len() / E::SIZE } else { 0 };
+        let (lo, hi) = (magnitude::<W>(self.lo), magnitude::<W>(self.hi));
+        let (sifted, largest) = dispatch::sift_apart::<E, W>(level, &mut tally.marks[..marks], pair, lo, hi);
+        let element = |bytes: &[u8], i: usize| W::widen(E::load(&bytes[i * E::SIZE..(i + 1) * E::SIZE]));
+        let key = |i: usize| (element(pair[0], i) - element(pair[1], i)).magnitude();
+        self.gather::<W>(marks, sifted, key, tally);
+        largest
+    }
+
+    /// Takes in what was sifted. The ends of the range are keys of the sample, which are likely to be those that many have, so they are counted
+    /// on the way; what is between them is looked at one by one.
+    fn gather<W: Work>(&self, marks: usize, sifted: Sifted, key: impl Fn(usize) -> W::Magnitude, tally: &mut Tally) {
+        tally.above += sifted.above;
+        tally.highest += sifted.highest;
+        tally.lowest += sifted.lowest;
+        let Tally { slots, marks: all, .. } = tally;
+        // What is left of an earlier call beyond them does not count.
+        all[marks..marks.next_multiple_of(64)].fill(0);
+        for (group, marks) in all[..marks.next_multiple_of(64)].as_chunks::<64>().0.iter().enumerate() {
+            if marks.iter().fold(0, |any, mark| any | mark) == 0 {
+                continue;
+            }
+            for (word, marks) in marks.as_chunks::<8>().0.iter().enumerate() {
+                let mut left = u64::from_le_bytes(*marks);
+                while left != 0 {
+                    let key: u64 = key(group * 64 + word * 8 + left.trailing_zeros() as usize / 8).into();
+                    left &= left - 1;
+                    let slot = &mut slots[(key.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 58) as usize];
+                    if slot.0 != key {
+                        self.put(slot.0, slot.1);
+                        *slot = (key, 0);
+                    }
+                    slot.1 += 1;
                 }
-                slot.1 += 1;
             }
         }
     }
@@ -152,6 +188,11 @@ impl Pass {
     pub fn close(&self, tally: &mut Tally) {
         self.above.fetch_add(std::mem::take(&mut tally.above), Ordering::Relaxed);
         self.none.fetch_add(std::mem::take(&mut tally.zeros), Ordering::Relaxed);
+        self.put(self.hi, std::mem::take(&mut tally.highest));
+        let lowest = std::mem::take(&mut tally.lowest);
+        if self.lo < self.hi {
+            self.put(self.lo, lowest);
+        }
         for slot in &mut tally.slots {
             self.put(slot.0, slot.1);
             *slot = (0, 0);

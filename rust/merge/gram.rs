@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::bf16::Work;
-use crate::simd::dispatch::{self, MICRO};
+use crate::simd::dispatch::{self, LANES, MICRO, join};
 use crate::stream::{BLOCK, Tile, Turn};
 use crate::{Error, Result};
 
@@ -174,14 +174,28 @@ impl Gram {
         Ok(())
     }
 
-    fn add_dots<W: Work>(worker: Worker<'_>, lanes: &Lanes<W>, inputs: usize, n: usize, sums: &mut [f64]) {
-        let mut at = 0;
-        for i in 0..inputs {
-            for j in i..inputs {
-                sums[at] += dispatch::dot(worker.level, &lanes.inputs[i][..n], &lanes.inputs[j][..n]);
-                at += 1;
+    /// Adds the products of at most MICRO elements, which are read in spans.
+    fn add_dots<W: Work>(
+        worker: Worker<'_>,
+        job: &Job,
+        points: &mut Points<'_, '_, W>,
+        lanes: &mut Lanes<W>,
+        elements: &Range<u64>,
+        sums: &mut [f64],
+    ) -> Result<()> {
+        let inputs = points.readers.len();
+        lanes.sums.clear();
+        lanes.sums.resize(pairs(inputs), [0.0; LANES]);
+        for span in points.spans(elements) {
+            Self::read(worker, job, points, lanes, &span)?;
+            let n = (span.end - span.start) as usize;
+            let each = (0..inputs).flat_map(|i| (i..inputs).map(move |j| (i, j)));
+            for ((i, j), sums) in each.zip(&mut lanes.sums) {
+                dispatch::add_dots(worker.level, sums, &lanes.inputs[i][..n], &lanes.inputs[j][..n]);
             }
         }
+        sums.iter_mut().zip(&lanes.sums).for_each(|(sum, lanes)| *sum += join(lanes));
+        Ok(())
     }
 
     fn measure_tensor<W: Work>(&self, worker: Worker<'_>, job: &Job, tile: &Tile, lanes: &mut Lanes<W>) -> Result<()> {
@@ -191,8 +205,7 @@ impl Gram {
         for (block, range) in tile.blocks() {
             let mut sums = vec![0.0; pairs(inputs)];
             for elements in micros(range) {
-                Self::read(worker, job, &mut points, lanes, &elements)?;
-                Self::add_dots(worker, lanes, inputs, (elements.end - elements.start) as usize, &mut sums);
+                Self::add_dots(worker, job, &mut points, lanes, &elements, &mut sums)?;
             }
             let mut gathered = self.gathered.lock().unwrap_or_else(PoisonError::into_inner);
             gathered.resize(self.elements.div_ceil(BLOCK) as usize, Vec::new());
@@ -227,8 +240,7 @@ impl Gram {
                 if stop > window.end {
                     break;
                 }
-                Self::read(worker, job, &mut points, lanes, &(at..stop))?;
-                Self::add_dots(worker, lanes, inputs, (stop - at) as usize, &mut of_block);
+                Self::add_dots(worker, job, &mut points, lanes, &(at..stop), &mut of_block)?;
                 at = stop;
                 let ends = at.is_multiple_of(row) || at == end;
                 if ends || (at % row).is_multiple_of(BLOCK) {
@@ -330,6 +342,11 @@ impl<W: Work> Update<W> for Combine<'_, W> {
         let Lanes { base, inputs: values, .. } = &mut *self.lanes;
         let (base, value) = (&mut base[..u.len()], &mut values[0][..u.len()]);
         for i in 0..inputs {
+            if self.gram.unit == Unit::Tensor
+                && points.add_plain(i, u, &elements, W::from_f64(self.solved[0][i]), i == 0)
+            {
+                continue;
+            }
             points.input(i, value, base, &elements)?;
             match self.gram.unit {
                 Unit::Tensor => dispatch::scaled_work(level, u, value, W::from_f64(self.solved[0][i]), i == 0),

@@ -106,18 +106,22 @@ pub(super) fn combine_tile<O: Element, W: Work>(
                 let out = &mut out[place * O::SIZE..(place + u.len()) * O::SIZE];
                 let (wide, change) = (&mut wide_target[..u.len()], &mut change[..u.len()]);
                 let here = pending.partition_point(|&(p, _)| range.start + u64::from(p) < from + u.len() as u64);
-                if let Some((t, window)) = &target {
-                    // Nearly always: one kernel, one look at every element.
-                    if here == 0 && t.dtype() == job.dtype {
-                        let bytes = &window[place * O::SIZE..(place + u.len()) * O::SIZE];
-                        let finite = dispatch::finish_change::<O, W>(level, out, bytes, u, change);
-                        if !finite && !allow_nonfinite {
-                            dispatch::widen::<O, W>(level, wide, bytes);
-                            return Err(blame::<O, W>(job, level, from, out, wide, u, pool));
-                        }
-                        sums.join(&dispatch::rounding(level, u, change));
-                        continue;
+                // Nearly always: one kernel, one look at every element.
+                let bytes = match &target {
+                    Some((t, window)) if t.dtype() == job.dtype => {
+                        Some(&window[place * O::SIZE..(place + u.len()) * O::SIZE])
                     }
+                    Some(_) => None,
+                    None => Some(&NOTHING[..u.len() * O::SIZE]),
+                };
+                if let Some(bytes) = bytes.filter(|_| here == 0) {
+                    let (report, finite) = dispatch::finish_report::<O, W>(level, out, bytes, u);
+                    if !finite && !allow_nonfinite {
+                        dispatch::widen::<O, W>(level, wide, bytes);
+                        return Err(blame::<O, W>(job, level, from, out, wide, u, pool));
+                    }
+                    sums.join(&report);
+                    continue;
                 }
                 let mut finite = match &target {
                     Some((t, window)) => {
@@ -166,6 +170,9 @@ pub(super) fn combine_tile<O: Element, W: Work>(
     }
     Ok(result)
 }
+
+/// A target of zeros, for what has none.
+static NOTHING: [u8; MICRO * size_of::<f64>()] = [0; MICRO * size_of::<f64>()];
 
 /// What a family may read of a tile.
 fn points<'r, 'a, W>(

@@ -1,6 +1,6 @@
 //! Writing a whole output: shards laid out in advance, tiles in any order, a journal of what is done, final names for what is whole.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Mutex, PoisonError};
@@ -65,6 +65,24 @@ struct Gathered {
 struct ShardRun {
     writer: Mutex<Option<std::sync::Arc<Writer>>>,
     left: AtomicUsize,
+    desk: Mutex<Desk>,
+}
+
+/// Where tiles of a file wait while another is being written: systems let one write into a file at a time, and who waits for that spins.
+#[derive(Default)]
+struct Desk {
+    busy: bool,
+    waiting: VecDeque<Ready>,
+}
+
+/// A tile that is to be written.
+struct Ready {
+    bytes: Vec<u8>,
+    writer: std::sync::Arc<Writer>,
+    offset: u64,
+    tensor: usize,
+    tiles: usize,
+    result: TileResult,
 }
 
 /// Writes the shards of a plan. The journal stays: the caller removes it when everything else in the folder is whole.
@@ -106,7 +124,7 @@ pub fn apply(plan: &ApplyPlan, operands: Operands<'_>, control: &Control) -> Res
             writer.write_at(&headers[i], 0)?;
             Some(std::sync::Arc::new(writer))
         };
-        shards.push(ShardRun { writer: Mutex::new(writer), left: AtomicUsize::new(left) });
+        shards.push(ShardRun { writer: Mutex::new(writer), left: AtomicUsize::new(left), desk: Mutex::default() });
     }
 
     // Syncing a shard waits for the disk; the workers go on with the next one.
@@ -121,6 +139,7 @@ pub fn apply(plan: &ApplyPlan, operands: Operands<'_>, control: &Control) -> Res
         how: How { level: Level::current()?, digest: plan.digest, allow_nonfinite: plan.allow_nonfinite },
         control,
         threads: budget.threads,
+        spare: Mutex::new((1..budget.threads).map(|_| Vec::new()).collect()),
         gathered: todo.iter().map(|_| Mutex::new(None)).collect(),
         jobs: &todo,
         whole,
@@ -252,6 +271,8 @@ struct Run<'a> {
     how: How,
     control: &'a Control,
     threads: usize,
+    /// Buffers for workers whose tiles wait to be written.
+    spare: Mutex<Vec<Vec<u8>>>,
     jobs: &'a [&'a Job],
     gathered: Vec<Mutex<Option<Gathered>>>,
     whole: Sender<usize>,
@@ -326,8 +347,11 @@ impl Run<'_> {
         let writer =
             writer.ok_or_else(|| Error::mismatch(&job.name, "its shard was closed too early; please report this"))?;
         let Scratch { pool, out, single, double, corrections } = scratch;
-        let result = if job.is_copy() {
-            copy_tile(&self.how, job, tile, &writer, pool)?
+        let tiles = self.grid.tiles_of(tile.tensor);
+        if job.is_copy() {
+            let result = copy_tile(&self.how, job, tile, &writer, pool)?;
+            drop(writer);
+            self.gather(visit.tensor, tiles, result)?;
         } else {
             out.resize((tile.elements.end - tile.elements.start) as usize * job.dtype.size(), 0);
             let worker = self.worker(pool);
@@ -336,12 +360,50 @@ impl Run<'_> {
             } else {
                 with_update(job, worker, &mut single.method, &mut |update| combine_tile::<O, f32>(&self.how, job, tile, pool, out, &mut single.update, corrections, update))?
             });
-            writer.write_at(out, job.offset + tile.elements.start * job.dtype.size() as u64)?;
-            result
-        };
+            let offset = job.offset + tile.elements.start * job.dtype.size() as u64;
+            let bytes = std::mem::take(out);
+            *out = self.hand_in(Ready { bytes, writer, offset, tensor: visit.tensor, tiles, result })?;
+        }
         self.control.advance(share(job, tile, job.bytes_read()) + share(job, tile, job.bytes_written()));
+        Ok(())
+    }
+
+    /// Writes a tile, and those that come to wait meanwhile; or leaves it to whoever is writing. A buffer for the next.
+    fn hand_in(&self, ready: Ready) -> Result<Vec<u8>> {
+        let shard = &self.shards[self.jobs[ready.tensor].shard];
+        let busy = {
+            let mut desk = lock(&shard.desk);
+            if desk.busy
+                && let Some(buffer) = lock(&self.spare).pop()
+            {
+                desk.waiting.push_back(ready);
+                return Ok(buffer);
+            }
+            std::mem::replace(&mut desk.busy, true)
+        };
+        let buffer = self.write(ready)?;
+        if busy {
+            return Ok(buffer);
+        }
+        loop {
+            let mut desk = lock(&shard.desk);
+            let Some(next) = desk.waiting.pop_front() else {
+                desk.busy = false;
+                return Ok(buffer);
+            };
+            drop(desk);
+            let free = self.write(next)?;
+            lock(&self.spare).push(free);
+        }
+    }
+
+    /// Writes a tile and takes in what it says; its buffer.
+    fn write(&self, ready: Ready) -> Result<Vec<u8>> {
+        let Ready { bytes, writer, offset, tensor, tiles, result } = ready;
+        writer.write_at(&bytes, offset)?;
         drop(writer);
-        self.gather(visit.tensor, self.grid.tiles_of(tile.tensor), result)
+        self.gather(tensor, tiles, result)?;
+        Ok(bytes)
     }
 
     /// Takes in what a tile has to say; the last tile of a tensor writes the journal, the last tensor of a shard finishes the file.

@@ -7,7 +7,7 @@ use crate::bf16::Work;
 use crate::dtype::Dtype;
 use crate::operand::Reader;
 use crate::simd::Level;
-use crate::simd::dispatch::{self, MICRO, with_element};
+use crate::simd::dispatch::{self, LANES, MICRO, with_element};
 use crate::store::map::{Pool, Window};
 
 use super::prepare::Job;
@@ -85,6 +85,11 @@ impl<W: Work> Points<'_, '_, W> {
             let largest = with_element!(dtype, E => dispatch::apart::<E, W>(self.level, into, pair));
             return Ok(W::from_magnitude(largest).is_finite());
         }
+        let plain = self.readers[i].plain(elements).filter(|_| self.base.is_none() && self.steps.is_none());
+        if let Some((dtype, bytes)) = plain {
+            let largest = with_element!(dtype, E => dispatch::widen_largest::<E, W>(self.level, into, bytes));
+            return Ok(W::from_magnitude(largest).is_finite());
+        }
         self.model(i, into, elements)?;
         round(self.level, into, self.steps);
         let largest = if self.base.is_some() {
@@ -96,6 +101,18 @@ impl<W: Work> Points<'_, '_, W> {
         };
         round(self.level, into, self.steps);
         Ok(W::from_magnitude(largest).is_finite())
+    }
+
+    /// `acc = c * input`, or `acc + c * input` when not `first`, where no buffer is needed for that; whether it was so.
+    pub(super) fn add_plain(&self, i: usize, acc: &mut [W], elements: &Range<u64>, c: W, first: bool) -> bool {
+        if let Some((dtype, [p, n])) = self.pair(i, elements) {
+            with_element!(dtype, E => dispatch::difference::<E, W>(self.level, acc, p, n, c, first));
+            return true;
+        }
+        let plain = self.readers[i].plain(elements).filter(|_| self.base.is_none() && self.steps.is_none());
+        let Some((dtype, bytes)) = plain else { return false };
+        with_element!(dtype, E => dispatch::scaled::<E, W>(self.level, acc, bytes, c, first));
+        true
     }
 
     /// Some elements in pieces whose buffers fit the first-level cache together; but what is costly to begin is read a MICRO at a time.
@@ -122,6 +139,8 @@ pub(super) struct Lanes<W> {
     pub(super) base: Vec<W>,
     pub(super) inputs: Vec<Vec<W>>,
     pub(super) more: [Vec<W>; 3],
+    /// Sums of products, lane by lane.
+    pub(super) sums: Vec<[f64; LANES]>,
 }
 
 impl<W: Work> Lanes<W> {

@@ -150,7 +150,8 @@ impl Job {
         }
         let work = if self.double { 8 } else { 4 };
         let span = if self.by_block { BLOCK } else { MICRO as u64 };
-        let (mut fixed, mut per_element) = (span * work, self.dtype.size() as u64 + target + equal);
+        // The output twice: one tile may wait to be written while its worker makes the next.
+        let (mut fixed, mut per_element) = (span * work, 2 * self.dtype.size() as u64 + target + equal);
         for term in &self.terms {
             let (bytes, scratch) = term.memory();
             per_element += bytes;

@@ -1,7 +1,9 @@
 //! Stamps each body of [`super::kernel`] for every instruction set and calls the one of a [`Level`].
 
 use super::kernel;
-pub use super::kernel::{Band, Draw, Extent, MICRO, Moves, PANEL, PanelOf, Rounding, TURNED};
+pub use super::kernel::{
+    Band, Draw, Extent, LANES, MICRO, Moves, PANEL, PanelOf, Rounding, Sifted, TURNED, Vote, join,
+};
 use super::level::Level;
 #[cfg(target_arch = "x86_64")]
 use super::level::Set;
@@ -103,8 +105,16 @@ stamp!(
     dot [W: Work] (a: &[W], b: &[W]) -> f64
 );
 stamp!(
-    /// [`kernel::finish_change`] at a level.
-    finish_change [E: Element, W: Work] (out: &mut [u8], t: &[u8], u: &[W], r: &mut [W]) -> bool
+    /// [`kernel::add_dots`] at a level.
+    add_dots [W: Work] (lanes: &mut [f64; LANES], a: &[W], b: &[W])
+);
+stamp!(
+    /// [`kernel::widen_largest`] at a level.
+    widen_largest [E: Element, W: Work] (into: &mut [W], from: &[u8]) -> W::Magnitude
+);
+stamp!(
+    /// [`kernel::finish_report`] at a level.
+    finish_report [E: Element, W: Work] (out: &mut [u8], t: &[u8], u: &[W]) -> (Rounding, bool)
 );
 stamp!(
     /// [`kernel::extent`] at a level.
@@ -164,6 +174,18 @@ stamp!(
     keep_apart [E: Element, W: Work] (into: &mut [W], sum: &mut [W], pair: [&[u8]; 2], band: Band<W>, first: bool) -> W::Magnitude
 );
 stamp!(
+    /// [`kernel::vote_apart`] at a level.
+    vote_apart [E: Element, W: Work] (u: &mut [W], pairs: [&[u8]; 2], base: &[u8], bands: [Band<W>; 2], vote: Vote<W>) -> W::Magnitude
+);
+stamp!(
+    /// [`kernel::vote_drawn`] at a level.
+    vote_drawn [E: Element, W: Work] (u: &mut [W], pairs: [&[u8]; 2], base: &[u8], draws: [Draw<'_, W>; 2], rule: Vote<W>) -> W::Magnitude
+);
+stamp!(
+    /// [`kernel::vote`] at a level.
+    vote [W: Work] (u: &mut [W], inputs: [&[W]; 2], c: [W; 2], rule: Vote<W>)
+);
+stamp!(
     /// [`kernel::draw_apart`] at a level.
     draw_apart [E: Element, W: Work] (into: &mut [W], sum: &mut [W], pair: [&[u8]; 2], draw: Draw<'_, W>, first: bool) -> W::Magnitude
 );
@@ -217,7 +239,11 @@ stamp!(
 );
 stamp!(
     /// [`kernel::sift`] at a level.
-    sift [W: Work] (bits: &mut [u64], x: &[W], lo: W::Magnitude, hi: W::Magnitude) -> u64
+    sift [W: Work] (marks: &mut [u8], x: &[W], lo: W::Magnitude, hi: W::Magnitude) -> Sifted
+);
+stamp!(
+    /// [`kernel::sift_apart`] at a level.
+    sift_apart [E: Element, W: Work] (marks: &mut [u8], pair: [&[u8]; 2], lo: W::Magnitude, hi: W::Magnitude) -> (Sifted, W::Magnitude)
 );
 stamp!(
     /// [`kernel::count_equal`] at a level.

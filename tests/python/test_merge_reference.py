@@ -89,6 +89,41 @@ CASES: dict[str, tuple[dict[str, object], bool, int, Update]] = {
         {"kind": "arcee_fusion"}, True, 1, lambda x, b, c, n: ref.arcee_fusion(x[0], b, c)
     ),
 }  # fmt: skip
+# Two models have kernels of their own.
+for elect, normalize in ((False, False), (False, True), (True, False), (True, True)):
+    rest = {"normalize": normalize, "lambda": 0.7}
+    CASES[f"breadcrumbs of two {elect} {normalize}"] = (
+        {"kind": "breadcrumbs", "density": DENSITY[:2], "gamma": [0.01] * 2, "consensus": elect}
+        | rest,
+        True, 2,
+        lambda x, b, c, n, e=elect, m=normalize: ref.breadcrumbs(
+            x, b, W2, DENSITY[:2], [0.01] * 2, e, m, 0.7
+        ),
+    )  # fmt: skip
+    CASES[f"dare of two {elect} {normalize}"] = (
+        {"kind": "dare", "density": [0.2, 1.0], "seed": SEED, "consensus": elect} | rest,
+        True, 2,
+        lambda x, b, c, n, e=elect, m=normalize: ref.dare(
+            x, b, W2, [0.2, 1.0], SEED, n, e, m, "density", 0.7
+        ),
+    )  # fmt: skip
+    CASES[f"della of two {elect} {normalize}"] = (
+        {"kind": "della", "density": DENSITY[:2], "epsilon": [0.1] * 2, "seed": SEED}
+        | {"consensus": elect} | rest,
+        True, 2,
+        lambda x, b, c, n, e=elect, m=normalize: ref.della(
+            x, b, W2, DENSITY[:2], [0.1] * 2, SEED, n, c, e, m, "density", 0.7
+        ),
+    )  # fmt: skip
+for normalize in (False, True):
+    CASES[f"ties of two {normalize}"] = (
+        {"kind": "ties", "density": DENSITY[:2], "normalize": normalize, "lambda": 0.7}, True, 2,
+        lambda x, b, c, n, m=normalize: ref.ties(x, b, W2, DENSITY[:2], m, 0.7),
+    )  # fmt: skip
+CASES["sce of two"] = (
+    {"kind": "sce", "select_topk": 0.4, "lambda": 1.0}, True, 2,
+    lambda x, b, c, n: ref.sce(x, b, 0.4),
+)  # fmt: skip
 for elect in (False, True):
     for rescale in ("none", "density", "l1"):
         CASES[f"dare {elect} {rescale}"] = (

@@ -7,7 +7,7 @@ use crate::bf16::Work;
 use crate::dtype::Dtype;
 use crate::select::{magnitude, top};
 use crate::simd::Level;
-use crate::simd::dispatch::{self, Band, Draw, with_element};
+use crate::simd::dispatch::{self, Band, Draw, Vote, with_element};
 
 use super::super::method::Worker;
 use super::super::points::{Lanes, Points, Update, round};
@@ -48,6 +48,9 @@ impl<W: Work> Update<W> for Combine<'_, W> {
     }
 
     fn make(&mut self, points: &mut Points<'_, '_, W>, u: &mut [W], elements: Range<u64>) -> Result<bool> {
+        if let Some(finite) = self.vote(points, u, &elements) {
+            return Ok(finite);
+        }
         let mut finite = true;
         for part in points.spans(&elements) {
             let u = &mut u[(part.start - elements.start) as usize..(part.end - elements.start) as usize];
@@ -81,7 +84,7 @@ impl<W: Work> Combine<'_, W> {
                 return Ok(true);
             }
             Choice::Random { generator, bound, .. } => {
-                let words = &mut words[..n];
+                let words = &mut words[0][..n];
                 dispatch::words(level, words, *generator, elements.start);
                 if let Some((dtype, pair)) = points.pair(i, elements) {
                     let draw = Draw { words, limit: *bound, c };
@@ -120,6 +123,76 @@ impl<W: Work> Combine<'_, W> {
         Ok(finite)
     }
 
+    /// The update in one go, of two tensors of the base's format from which magnitudes or random words choose, or of what ranks chose from them.
+    /// `None` where it is another case; else whether all differences are finite.
+    fn vote(&mut self, points: &Points<'_, '_, W>, u: &mut [W], elements: &Range<u64>) -> Option<bool> {
+        let Rule::Chosen { choices, agreement } = &self.mask.rule else { return None };
+        let [first, second] = &choices[..] else { return None };
+        let (level, weights) = (points.level, &self.mask.weights);
+        let rule = vote_of(weights, *agreement);
+        let c = [0, 1].map(|i| W::from_f64(weights[i] * self.solved[i]));
+        if let (Choice::Ranked { .. }, Choice::Ranked { .. }) = (first, second) {
+            if self.job.steps.is_some() {
+                return None;
+            }
+            let Scratch { chosen, chosen_from, .. } = &*self.scratch;
+            let from = chosen_from + (elements.start - self.block) as usize;
+            let here = from..from + u.len();
+            dispatch::vote(level, u, [&chosen[0][here.clone()], &chosen[1][here]], c, rule);
+            return Some(true);
+        }
+        let ((dtype, [x, base]), (_, [y, _])) = (points.pair(0, elements)?, points.pair(1, elements)?);
+        let limits = [first, second].map(|choice| match choice {
+            Choice::All => Some(u64::from(u32::MAX) + 1),
+            Choice::Random { bound, .. } => Some(*bound),
+            _ => None,
+        });
+        if let [Some(one), Some(other)] = limits {
+            let words = &mut self.scratch.words;
+            for (words, choice) in words.iter_mut().zip(choices) {
+                if let Choice::Random { generator, .. } = choice {
+                    dispatch::words(level, &mut words[..u.len()], *generator, elements.start);
+                }
+            }
+            let draws = [
+                Draw { words: &words[0][..u.len()], limit: one, c: c[0] },
+                Draw { words: &words[1][..u.len()], limit: other, c: c[1] },
+            ];
+            let largest = with_element!(dtype, E => dispatch::vote_drawn::<E, W>(level, u, [x, y], base, draws, rule));
+            return Some(W::from_magnitude(largest).is_finite());
+        }
+        let ends = [self.ends(first, elements)?, self.ends(second, elements)?];
+        let mut cuts = [0, ends[0][0].0, ends[0][1].0, ends[1][0].0, ends[1][1].0, u.len()];
+        cuts.sort_unstable();
+        let mut largest = W::Magnitude::default();
+        for cut in cuts.windows(2).filter(|cut| cut[0] < cut[1]) {
+            let (from, to) = (cut[0], cut[1]);
+            let bands = [0, 1].map(|i| {
+                let [floor, ceiling] =
+                    ends[i].map(|(at, before, after)| magnitude::<W>(if from < at { before } else { after }));
+                Band { floor, ceiling, c: c[i] }
+            });
+            let bytes = from * dtype.size()..to * dtype.size();
+            let (pairs, base) = ([&x[bytes.clone()], &y[bytes.clone()]], &base[bytes]);
+            let u = &mut u[from..to];
+            let here = with_element!(dtype, E => dispatch::vote_apart::<E, W>(level, u, pairs, base, bands, rule));
+            largest = largest.max(here);
+        }
+        Some(W::from_magnitude(largest).is_finite())
+    }
+
+    /// Floor and ceiling of what magnitudes choose, each as [`Bound::split`] says it.
+    fn ends(&self, choice: &Choice, elements: &Range<u64>) -> Option<[(usize, u64, u64); 2]> {
+        let n = (elements.end - elements.start) as usize;
+        let bounds = &self.scratch.bounds;
+        match choice {
+            Choice::All => Some([(n, 0, 0), (n, u64::MAX, u64::MAX)]),
+            Choice::Largest(kept) => Some([bounds[*kept].split(elements), (n, u64::MAX, u64::MAX)]),
+            Choice::Between(kept, most) => Some([bounds[*kept].split(elements), bounds[*most].split(elements)]),
+            Choice::Random { .. } | Choice::Ranked { .. } => None,
+        }
+    }
+
     fn make_span(&mut self, points: &mut Points<'_, '_, W>, u: &mut [W], elements: Range<u64>) -> Result<bool> {
         let (mask, level, n) = (self.mask, points.level, u.len());
         let models = mask.weights.len();
@@ -152,13 +225,19 @@ impl<W: Work> Combine<'_, W> {
                 mask.select(level, self.scratch, 0, &elements);
                 let Lanes { inputs, more, .. } = &mut self.scratch.lanes;
                 let [_, sum, sign] = more;
+                for input in &mut inputs[..models] {
+                    dispatch::keep_agreeing(level, &mut input[..n], &sign[..n]);
+                }
+                if let ([first, second, ..], [w, v]) = (&inputs[..], self.solved) {
+                    let c = [W::from_f64(*w), W::from_f64(*v)];
+                    dispatch::vote(level, u, [&first[..n], &second[..n]], c, vote_of(self.solved, *agreement));
+                    return Ok(finite);
+                }
                 let sum = &mut sum[..n];
                 for (i, (input, &w)) in inputs.iter_mut().zip(self.solved).enumerate() {
-                    let input = &mut input[..n];
-                    dispatch::keep_agreeing(level, input, &sign[..n]);
                     let (floor, ceiling) = (W::Magnitude::default(), magnitude::<W>(u64::MAX));
                     let band = Band { floor, ceiling, c: W::from_f64(w) };
-                    dispatch::keep_scaled(level, input, sum, band, i == 0);
+                    dispatch::keep_scaled(level, &mut input[..n], sum, band, i == 0);
                 }
                 consensus(level, *agreement, self.solved, None, &mut self.scratch.lanes, u);
             }
@@ -186,6 +265,17 @@ impl<W: Work> Combine<'_, W> {
         }
         Ok(finite)
     }
+}
+
+/// [`consensus`] of two, as kernels take it.
+fn vote_of<W: Work>(weights: &[f64], agreement: Agreement) -> Vote<W> {
+    let one = W::from_f64(1.0);
+    let by = |share: W| if !agreement.normalize || share.abs() < W::from_f64(TINY) { one } else { share };
+    let [first, second] = [weights[0], weights[1]].map(W::from_f64);
+    let all = weights.iter().fold(0.0, |sum, w| sum + w);
+    let both = if agreement.elect { first + second } else { W::from_f64(all) };
+    let divisors = [one, by(first), by(second), by(both)];
+    Vote { elect: agreement.elect, divisors, lambda: W::from_f64(agreement.lambda) }
 }
 
 /// Which of a worker's buffers holds the sum of all that stays, for [`consensus`].

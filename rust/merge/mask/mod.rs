@@ -112,7 +112,7 @@ pub(super) struct Mask {
 pub(super) struct Scratch<W> {
     pub(super) lanes: Lanes<W>,
     tallies: Vec<Tally>,
-    words: Vec<u32>,
+    words: [Vec<u32>; 2],
     lasts: Vec<u32>,
     bounds: Vec<Bound>,
     /// What the rows that a block has a part in leave of each input, and where the block begins in them.
@@ -310,7 +310,7 @@ impl Mask {
             Rule::Fusion => self.row * 4 * 8 + BLOCK * 2 * work,
             _ => 0,
         };
-        sample + rows + self.searches.len() as u64 * size_of::<Tally>() as u64 + MICRO as u64 * 8
+        sample + rows + self.searches.len() as u64 * size_of::<Tally>() as u64 + MICRO as u64 * 12
     }
 
     pub(super) fn give_up(&self) {
@@ -381,7 +381,7 @@ impl Mask {
     ) -> Result<bool> {
         let here = at..at + (elements.end - elements.start) as usize;
         let level = points.level;
-        let Lanes { base, inputs, more } = lanes;
+        let Lanes { base, inputs, more, .. } = lanes;
         let inputs = &mut inputs[..self.weights.len()];
         let mut finite = true;
         for (i, input) in inputs.iter_mut().enumerate() {
@@ -429,7 +429,7 @@ impl Mask {
             self.find_cuts(worker, points, &block, scratch)?;
         }
         if self.ranks() {
-            self.choose_ranked(worker, job, &block, scratch)?;
+            self.choose_ranked(worker, job, points, &block, scratch)?;
         }
         Ok(())
     }
@@ -439,7 +439,7 @@ impl<W: Work> Scratch<W> {
     fn fit(&mut self, mask: &Mask) {
         self.lanes.fit(mask.weights.len());
         self.tallies.resize_with(mask.searches.len().max(self.tallies.len()), Tally::default);
-        self.words.resize(MICRO + 4, 0);
+        self.words.iter_mut().for_each(|words| words.resize(MICRO + 4, 0));
         self.lasts.resize(MICRO, 0);
         self.chosen.resize_with(mask.weights.len().max(self.chosen.len()), Vec::new);
     }

@@ -10,7 +10,7 @@ use crate::stream::{BLOCK, Tile};
 
 use super::super::gram::{micros, runs};
 use super::super::method::Worker;
-use super::super::points::{Lanes, Opened};
+use super::super::points::{Lanes, Opened, Points};
 use super::super::prepare::Job;
 use super::super::rows::divergence;
 use super::{Choice, Mask, Rule, Scratch, word_bound};
@@ -52,11 +52,12 @@ impl Mask {
         Ok(())
     }
 
-    /// What the rows of a block leave of each input. Rows that reach beyond the block are read whole.
+    /// What the rows of a block leave of each input. Of rows that reach beyond the block, what is there is read too.
     pub(super) fn choose_ranked<W: Work>(
         &self,
         worker: Worker<'_>,
         job: &Job,
+        points: &mut Points<'_, '_, W>,
         block: &Range<u64>,
         scratch: &mut Scratch<W>,
     ) -> Result<()> {
@@ -64,8 +65,10 @@ impl Mask {
         let row = self.row;
         let whole = block.start / row * row..(block.end.div_ceil(row) * row).min(self.elements);
         let n = (whole.end - whole.start) as usize;
-        let mut opened = Opened::<W>::new(worker.level, job, &whole, worker.pool)?;
-        let mut points = opened.points();
+        let mut beyond = Vec::new();
+        for part in [whole.start..block.start, block.end..whole.end].into_iter().filter(|part| !part.is_empty()) {
+            beyond.push((Opened::<W>::new(worker.level, job, &part, worker.pool)?, part));
+        }
         let Scratch {
             lanes: Lanes { base, more: [shares, ..], .. },
             words,
@@ -82,9 +85,10 @@ impl Mask {
             let Choice::Ranked { generator, density, epsilon, divide } = choice else { continue };
             let wide = &mut chosen[i];
             wide.resize(n, W::ZERO);
-            for elements in micros(whole.clone()) {
-                let (from, to) = ((elements.start - whole.start) as usize, (elements.end - whole.start) as usize);
-                finite &= points.input(i, &mut wide[from..to], &mut base[..to - from], &elements)?;
+            finite &= read_part(points, i, block, &mut wide[*chosen_from..], base)?;
+            for (opened, part) in &mut beyond {
+                let from = (part.start - whole.start) as usize;
+                finite &= read_part(&mut opened.points(), i, part, &mut wide[from..], base)?;
             }
             if !finite {
                 // What is beyond the block is for others to complain about.
@@ -110,7 +114,7 @@ impl Mask {
                 for piece in micros(at..at + x.len() as u64) {
                     // Counters hold four words each, and rows begin anywhere.
                     let aligned = piece.start / 4 * 4;
-                    let words = &mut words[..(piece.end - aligned) as usize];
+                    let words = &mut words[0][..(piece.end - aligned) as usize];
                     dispatch::words(worker.level, words, *generator, aligned);
                     let words = &words[(piece.start - aligned) as usize..];
                     let (from, n) = ((piece.start - at) as usize, words.len());
@@ -124,4 +128,20 @@ impl Mask {
         }
         Ok(())
     }
+}
+
+/// Reads an input. Whether all of it is finite.
+fn read_part<W: Work>(
+    points: &mut Points<'_, '_, W>,
+    i: usize,
+    part: &Range<u64>,
+    into: &mut [W],
+    base: &mut [W],
+) -> Result<bool> {
+    let mut finite = true;
+    for (elements, into) in micros(part.clone()).zip(into.chunks_mut(MICRO)) {
+        let n = (elements.end - elements.start) as usize;
+        finite &= points.input(i, &mut into[..n], &mut base[..n], &elements)?;
+    }
+    Ok(finite)
 }

@@ -114,6 +114,21 @@ impl Mask {
             let window = at..(at + WINDOW).min(end);
             let mut opened = Opened::new(worker.level, job, &window, worker.pool)?;
             let mut points = opened.points();
+            let direct = self.is_direct(&points, &window) && passes.iter().flatten().all(|pass| pass.is_plain());
+            if direct {
+                for elements in micros(window) {
+                    let mut finite = true;
+                    for ((pass, tally), &input) in passes.iter().zip(&mut scratch.tallies).zip(&self.over) {
+                        if let (Some(pass), Some((dtype, pair))) = (pass, points.pair(input, &elements)) {
+                            let largest =
+                                with_element!(dtype, E => pass.count_apart::<E, W>(worker.level, pair, tally));
+                            finite &= W::from_magnitude(largest).is_finite();
+                        }
+                    }
+                    worker.check::<W>(job, finite, &elements)?;
+                }
+                continue;
+            }
             for elements in points.spans(&window) {
                 let finite = self.values(&mut points, &mut scratch.lanes, 0, &elements)?;
                 worker.check::<W>(job, finite, &elements)?;
@@ -131,6 +146,11 @@ impl Mask {
             }
         }
         Ok(())
+    }
+
+    /// Whether searches look at differences of tensors of one format, as they are.
+    fn is_direct<W: Work>(&self, points: &Points<'_, '_, W>, elements: &Range<u64>) -> bool {
+        matches!(self.rule, Rule::Chosen { .. }) && self.over.iter().all(|&i| points.pair(i, elements).is_some())
     }
 
     pub(super) fn find_cuts<W: Work>(

@@ -95,7 +95,7 @@ impl Mask {
                             match choice {
                                 Choice::Random { generator, bound, .. } => {
                                     sums[2 * i] += total(x, size);
-                                    let words = &mut scratch.words[..n];
+                                    let words = &mut scratch.words[0][..n];
                                     dispatch::words(worker.level, words, *generator, elements.start);
                                     dispatch::keep_random(worker.level, x, words, *bound, W::from_f64(1.0));
                                     sums[2 * i + 1] += total(x, size);

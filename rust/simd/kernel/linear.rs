@@ -1,6 +1,7 @@
 //! What becomes of a target: widening, scaling, differences, sums, and the one rounding at the end.
 
-use super::elements;
+use super::measure::{Rounding, add_products, join};
+use super::{GROUP, LANES, elements, filled};
 use crate::bf16::{Element, Work};
 
 /// `into = widen(from)`.
@@ -9,6 +10,17 @@ pub fn widen<E: Element, W: Work>(into: &mut [W], from: &[u8]) {
     for (w, e) in into.iter_mut().zip(elements::<E>(from)) {
         *w = W::widen(e);
     }
+}
+
+/// [`widen`], and the largest magnitude.
+#[inline(always)]
+pub fn widen_largest<E: Element, W: Work>(into: &mut [W], from: &[u8]) -> W::Magnitude {
+    let mut largest = W::Magnitude::default();
+    for (w, e) in into.iter_mut().zip(elements::<E>(from)) {
+        *w = W::widen(e);
+        largest = largest.max(w.magnitude());
+    }
+    largest
 }
 
 /// `acc = c * v`, or `acc + c * v` when not `first`.
@@ -87,28 +99,67 @@ pub fn finish_as<O: Element, W: Work>(out: &mut [u8], t: &[W], u: &[W]) -> bool 
     finite
 }
 
-/// [`finish`] and [`change`] in one go, for a target of the output's format.
+/// [`finish`] for a target of the output's format, and the rounding report of at most MICRO elements, in one go: what was rounded is
+/// compared while it is in registers, in groups of [`GROUP`] as [`dot`](super::dot) takes them. Whether all results are finite.
 #[inline(always)]
-pub fn finish_change<E: Element, W: Work>(out: &mut [u8], t: &[u8], u: &[W], r: &mut [W]) -> bool {
-    let mut largest = W::Magnitude::default();
-    for (((o, t), &u), r) in out.chunks_exact_mut(E::SIZE).zip(elements::<E>(t)).zip(u).zip(r.iter_mut()) {
-        let before = W::widen(t);
-        let sum = before + u;
-        largest = largest.max(sum.magnitude());
-        let value = if u == W::ZERO { t } else { sum.narrow_below::<E>() };
-        *r = W::widen(value) - before;
-        value.store(o);
-    }
+pub fn finish_report<E: Element, W: Work>(out: &mut [u8], t: &[u8], u: &[W]) -> (Rounding, bool) {
+    let (report, largest) = finish_pieces::<E, W, false>(out, t, u);
     if largest < W::limit::<E>() {
-        return true;
+        return (report, true);
     }
     // Something is not finite, or does not fit: again, with the rounding that minds it.
-    let finite = finish::<E, W>(out, t, u);
-    for ((r, o), t) in r.iter_mut().zip(elements::<E>(out)).zip(elements::<E>(t)) {
-        *r = W::widen(o) - W::widen(t);
-    }
-    finite
+    let (report, _) = finish_pieces::<E, W, true>(out, t, u);
+    (report, elements::<E>(out).all(Element::finite))
 }
+
+#[inline(always)]
+fn finish_pieces<E: Element, W: Work, const MINDFUL: bool>(
+    out: &mut [u8],
+    t: &[u8],
+    u: &[W],
+) -> (Rounding, W::Magnitude) {
+    let mut largest = W::Magnitude::default();
+    let mut lanes = [[0.0; LANES]; 3];
+    let (mut updated, mut lost) = (0u32, 0u32);
+    let mut r = [W::ZERO; PIECE];
+    let bytes = out.chunks_mut(PIECE * E::SIZE).zip(t.chunks(PIECE * E::SIZE));
+    for ((out, t), u) in bytes.zip(u.chunks(PIECE)) {
+        let r = &mut r[..u.len()];
+        for (((o, t), &u), r) in out.chunks_exact_mut(E::SIZE).zip(elements::<E>(t)).zip(u).zip(r.iter_mut()) {
+            let before = W::widen(t);
+            let sum = before + u;
+            largest = largest.max(sum.magnitude());
+            let rounded = if MINDFUL { sum.narrow::<E>() } else { sum.narrow_below::<E>() };
+            let moves = u != W::ZERO;
+            let value = if moves { rounded } else { t };
+            value.store(o);
+            let change = if moves { W::widen(rounded) } else { before } - before;
+            updated += u32::from(moves);
+            lost += u32::from(moves & (change == W::ZERO));
+            *r = change;
+        }
+        let (whole, rest) = u.as_chunks::<GROUP>();
+        let (whole_r, rest_r) = r.as_chunks::<GROUP>();
+        let [mut a, mut b, mut c] = lanes;
+        for (u, r) in whole.iter().zip(whole_r) {
+            add_products(&mut a, u, u);
+            add_products(&mut b, r, r);
+            add_products(&mut c, u, r);
+        }
+        if !rest.is_empty() {
+            let (u, r) = (filled(rest), filled(rest_r));
+            add_products(&mut a, &u, &u);
+            add_products(&mut b, &r, &r);
+            add_products(&mut c, &u, &r);
+        }
+        lanes = [a, b, c];
+    }
+    let [intended, realised, dot] = lanes.each_ref().map(join);
+    (Rounding { intended, realised, dot, updated: u64::from(updated), lost: u64::from(lost) }, largest)
+}
+
+/// Elements of which everything that is computed stays in the first-level cache beside what is read and written.
+const PIECE: usize = 512;
 
 /// Rounded to a format, and widened again.
 #[inline(always)]

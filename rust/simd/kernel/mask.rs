@@ -1,5 +1,6 @@
 //! Which differences are kept: bands of magnitude, signs, counts, and the sums over what stays.
 
+use super::random::Draw;
 use super::{LANES, elements};
 use crate::bf16::{Element, Work};
 
@@ -62,6 +63,145 @@ pub fn keep_apart<E: Element, W: Work>(
     largest
 }
 
+/// How what stays of two inputs is added up.
+#[derive(Debug, Clone, Copy)]
+pub struct Vote<W> {
+    /// Whether only what has the sign of the sum counts.
+    pub elect: bool,
+    /// What the sum is divided by where neither counts, the first, the second, and both.
+    pub divisors: [W; 4],
+    /// What the result is multiplied by.
+    pub lambda: W,
+}
+
+/// [`keep_apart`] of two tensors of the base's format, [`add_agreeing`] and [`divide`] in one go. The largest magnitude of the differences.
+#[inline(always)]
+pub fn vote_apart<E: Element, W: Work>(
+    u: &mut [W],
+    pairs: [&[u8]; 2],
+    base: &[u8],
+    bands: [Band<W>; 2],
+    vote: Vote<W>,
+) -> W::Magnitude {
+    if vote.elect {
+        vote_each_apart::<E, W, true>(u, pairs, base, bands, vote)
+    } else {
+        vote_each_apart::<E, W, false>(u, pairs, base, bands, vote)
+    }
+}
+
+#[inline(always)]
+fn vote_each_apart<E: Element, W: Work, const ELECT: bool>(
+    u: &mut [W],
+    pairs: [&[u8]; 2],
+    base: &[u8],
+    bands: [Band<W>; 2],
+    vote: Vote<W>,
+) -> W::Magnitude {
+    let (mut largest, mut other) = (W::Magnitude::default(), W::Magnitude::default());
+    let [first, second] = bands;
+    // Elements are loaded in the loop's body: of four iterators over elements side by side compilers make no vector code.
+    let n = u.len() * E::SIZE;
+    let x = pairs[0][..n].chunks_exact(E::SIZE);
+    let y = pairs[1][..n].chunks_exact(E::SIZE);
+    let base = base[..n].chunks_exact(E::SIZE);
+    for (((u, x), y), b) in u.iter_mut().zip(x).zip(y).zip(base) {
+        let b = W::widen(E::load(b));
+        let d = W::widen(E::load(x)) - b;
+        let e = W::widen(E::load(y)) - b;
+        largest = largest.max(d.magnitude());
+        other = other.max(e.magnitude());
+        *u = vote.settle::<ELECT>(first.keep(d), second.keep(e));
+    }
+    largest.max(other)
+}
+
+/// [`vote_apart`] where random words choose.
+#[inline(always)]
+pub fn vote_drawn<E: Element, W: Work>(
+    u: &mut [W],
+    pairs: [&[u8]; 2],
+    base: &[u8],
+    draws: [Draw<'_, W>; 2],
+    vote: Vote<W>,
+) -> W::Magnitude {
+    if vote.elect {
+        vote_each_drawn::<E, W, true>(u, pairs, base, draws, vote)
+    } else {
+        vote_each_drawn::<E, W, false>(u, pairs, base, draws, vote)
+    }
+}
+
+#[inline(always)]
+fn vote_each_drawn<E: Element, W: Work, const ELECT: bool>(
+    u: &mut [W],
+    pairs: [&[u8]; 2],
+    base: &[u8],
+    [first, second]: [Draw<'_, W>; 2],
+    vote: Vote<W>,
+) -> W::Magnitude {
+    let (mut largest, mut other) = (W::Magnitude::default(), W::Magnitude::default());
+    let n = u.len() * E::SIZE;
+    let x = pairs[0][..n].chunks_exact(E::SIZE).zip(first.words);
+    let y = pairs[1][..n].chunks_exact(E::SIZE).zip(second.words);
+    let base = base[..n].chunks_exact(E::SIZE);
+    // 32 bits to a comparison, not 64.
+    let (any, last) = (first.limit > 0, first.limit.saturating_sub(1) as u32);
+    let (any_other, last_other) = (second.limit > 0, second.limit.saturating_sub(1) as u32);
+    for (((u, (x, &word)), (y, &other_word)), b) in u.iter_mut().zip(x).zip(y).zip(base) {
+        let b = W::widen(E::load(b));
+        let d = W::widen(E::load(x)) - b;
+        let e = W::widen(E::load(y)) - b;
+        largest = largest.max(d.magnitude());
+        other = other.max(e.magnitude());
+        let d = if any & (word <= last) { first.c * d } else { W::ZERO };
+        let e = if any_other & (other_word <= last_other) { second.c * e } else { W::ZERO };
+        *u = vote.settle::<ELECT>(d, e);
+    }
+    largest.max(other)
+}
+
+/// `u` from what stays of two inputs, times `c`.
+#[inline(always)]
+pub fn vote<W: Work>(u: &mut [W], inputs: [&[W]; 2], c: [W; 2], vote: Vote<W>) {
+    let pairs = u.iter_mut().zip(inputs[0]).zip(inputs[1]);
+    if vote.elect {
+        pairs.for_each(|((u, &d), &e)| *u = vote.settle::<true>(c[0] * d, c[1] * e));
+    } else {
+        pairs.for_each(|((u, &d), &e)| *u = vote.settle::<false>(c[0] * d, c[1] * e));
+    }
+}
+
+impl<W: Work> Vote<W> {
+    /// The sum of two inputs, or of those that have its sign, over what it is divided by.
+    #[inline(always)]
+    fn settle<const ELECT: bool>(&self, d: W, e: W) -> W {
+        let [neither, only_first, only_second, both] = self.divisors;
+        let sum = d + e;
+        let (acc, by) = if ELECT {
+            let (up, down) = (sum >= W::ZERO, sum < W::ZERO);
+            let d_agrees = ((d > W::ZERO) & up) | ((d < W::ZERO) & down);
+            let e_agrees = ((e > W::ZERO) & up) | ((e < W::ZERO) & down);
+            let acc = if d_agrees { d } else { W::ZERO } + if e_agrees { e } else { W::ZERO };
+            let without = if d_agrees { only_first } else { neither };
+            let with = if d_agrees { both } else { only_second };
+            (acc, if e_agrees { with } else { without })
+        } else {
+            (sum, both)
+        };
+        self.lambda * (acc / by)
+    }
+}
+
+impl<W: Work> Band<W> {
+    /// `c * d` where the magnitude is in the band, else zero.
+    #[inline(always)]
+    fn keep(&self, d: W) -> W {
+        let key = d.magnitude();
+        if (key >= self.floor) & (key < self.ceiling) { self.c * d } else { W::ZERO }
+    }
+}
+
 /// How many magnitudes of `x - base` equal `key`, for a pair of one format.
 #[inline(always)]
 pub fn count_equal_apart<E: Element, W: Work>(pair: [&[u8]; 2], key: W::Magnitude) -> u64 {
@@ -72,30 +212,59 @@ pub fn count_equal_apart<E: Element, W: Work>(pair: [&[u8]; 2], key: W::Magnitud
     u64::from(equal)
 }
 
-/// Sets a bit for every element whose magnitude is from `lo` to `hi`; how many are above.
+/// Marks every element whose magnitude is between `lo` and `hi`, and counts those that are not below.
 #[inline(always)]
-pub fn sift<W: Work>(bits: &mut [u64], x: &[W], lo: W::Magnitude, hi: W::Magnitude) -> u64 {
-    let mut above = 0u32;
-    for x in x {
-        above += u32::from(x.magnitude() > hi);
+pub fn sift<W: Work>(marks: &mut [u8], x: &[W], lo: W::Magnitude, hi: W::Magnitude) -> Sifted {
+    let (mut above, mut highest, mut lowest) = (0u32, 0u32, 0u32);
+    for (mark, x) in marks.iter_mut().zip(x) {
+        let key = x.magnitude();
+        above += u32::from(key > hi);
+        highest += u32::from(key == hi);
+        lowest += u32::from(key == lo);
+        *mark = u8::from((key > lo) & (key < hi));
     }
-    for (word, x) in bits.iter_mut().zip(x.chunks(64)) {
-        *word = 0;
-        if let Some(x) = x.first_chunk::<64>() {
-            let mut found = 0u64;
-            for (j, x) in x.iter().enumerate() {
-                let key = x.magnitude();
-                found |= u64::from((key >= lo) & (key <= hi)) << j;
-            }
-            *word = found;
-        } else {
-            for (j, x) in x.iter().enumerate() {
-                let key = x.magnitude();
-                *word |= u64::from((key >= lo) & (key <= hi)) << j;
-            }
+    Sifted { above: u64::from(above), highest: u64::from(highest), lowest: u64::from(lowest) }
+}
+
+/// [`sift`] of `x - base` for a pair of one format, and the largest magnitude. Without room for marks it counts only.
+#[inline(always)]
+pub fn sift_apart<E: Element, W: Work>(
+    marks: &mut [u8],
+    pair: [&[u8]; 2],
+    lo: W::Magnitude,
+    hi: W::Magnitude,
+) -> (Sifted, W::Magnitude) {
+    let mut largest = W::Magnitude::default();
+    let (mut above, mut highest, mut lowest) = (0u32, 0u32, 0u32);
+    if marks.is_empty() {
+        for (x, b) in elements::<E>(pair[0]).zip(elements::<E>(pair[1])) {
+            let key = (W::widen(x) - W::widen(b)).magnitude();
+            largest = largest.max(key);
+            above += u32::from(key > hi);
+            highest += u32::from(key == hi);
+            lowest += u32::from(key == lo);
         }
     }
-    u64::from(above)
+    for ((mark, x), b) in marks.iter_mut().zip(elements::<E>(pair[0])).zip(elements::<E>(pair[1])) {
+        let key = (W::widen(x) - W::widen(b)).magnitude();
+        largest = largest.max(key);
+        above += u32::from(key > hi);
+        highest += u32::from(key == hi);
+        lowest += u32::from(key == lo);
+        *mark = u8::from((key > lo) & (key < hi));
+    }
+    (Sifted { above: u64::from(above), highest: u64::from(highest), lowest: u64::from(lowest) }, largest)
+}
+
+/// What [`sift`] counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sifted {
+    /// Above `hi`.
+    pub above: u64,
+    /// At `hi`.
+    pub highest: u64,
+    /// At `lo`.
+    pub lowest: u64,
 }
 
 /// How many magnitudes equal `key`.

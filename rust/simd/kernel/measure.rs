@@ -31,7 +31,7 @@ impl Rounding {
 
 /// Adds the products of a group to the lanes.
 #[inline(always)]
-fn add_products<W: Work>(lanes: &mut [f64; LANES], a: &[W; GROUP], b: &[W; GROUP]) {
+pub(super) fn add_products<W: Work>(lanes: &mut [f64; LANES], a: &[W; GROUP], b: &[W; GROUP]) {
     let mut fours = [W::ZERO; LANES];
     for j in 0..LANES {
         let first = a[j] * b[j] + a[j + LANES] * b[j + LANES];
@@ -68,6 +68,14 @@ pub fn change<O: Element, W: Work>(r: &mut [W], out: &[u8], t: &[W]) {
 #[inline(always)]
 pub fn dot<W: Work>(a: &[W], b: &[W]) -> f64 {
     let mut lanes = [0.0; LANES];
+    add_dots(&mut lanes, a, b);
+    join(&lanes)
+}
+
+/// What some elements, all groups but for the last of a MICRO, add to the lanes of a [`dot`].
+#[inline(always)]
+pub fn add_dots<W: Work>(into: &mut [f64; LANES], a: &[W], b: &[W]) {
+    let mut lanes = *into;
     let (whole, rest) = a.as_chunks::<GROUP>();
     let (whole_b, rest_b) = b.as_chunks::<GROUP>();
     for (a, b) in whole.iter().zip(whole_b) {
@@ -76,12 +84,13 @@ pub fn dot<W: Work>(a: &[W], b: &[W]) -> f64 {
     if !rest.is_empty() {
         add_products(&mut lanes, &filled(rest), &filled(rest_b));
     }
-    joined(lanes)
+    *into = lanes;
 }
 
-/// The lanes, joined pairwise.
-#[inline(always)]
-pub(super) fn joined(mut lanes: [f64; LANES]) -> f64 {
+/// The sum of the lanes of a [`dot`], pairwise. Not inlined: compilers then keep the lanes of the loop before it in as few registers as there can be.
+#[inline(never)]
+pub fn join(lanes: &[f64; LANES]) -> f64 {
+    let mut lanes = *lanes;
     let mut half = LANES / 2;
     while half > 0 {
         for i in 0..half {

@@ -29,7 +29,7 @@ use crate::bf16::{Element, Work};
 pub const MICRO: usize = 4096;
 
 /// Partial sums.
-const LANES: usize = 16;
+pub const LANES: usize = 16;
 
 /// Elements that they take at a time.
 const GROUP: usize = 4 * LANES;
