@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from models import NEW_TOKENS, make_models, tensors_of
+from safetensors.numpy import save_file
 
 import reasonvec as rv
 from reasonvec.apply import ApplyPlan
@@ -264,6 +265,65 @@ slices:
     patched = json.loads((tmp_path / "out/config.json").read_text())
     assert patched["num_hidden_layers"] == patched["max_window_layers"] == 6
     assert patched["layer_types"] == ["a", "b", "c", "b", "c", "d"]
+
+
+def sliced(*ranges: str) -> str:
+    """A module of slices of rl."""
+    parts = (f"{{sources: [{{model: models/rl, layer_range: {part}}}]}}" for part in ranges)
+    return f"{{slices: [{', '.join(parts)}]}}"
+
+
+def test_a_sliced_module_makes_its_own_share(tmp_path: Path, place: Path) -> None:
+    path = write(
+        tmp_path,
+        "merge_method: passthrough\nmodules:\n  mlp: {models: [{model: models/sft}]}\n"
+        f"  self_attn: {sliced('[2, 4]', '[0, 2]')}\n  default: {sliced('[0, 4]')}\n",
+    )
+    out = tmp_path / "out"
+    rv.read_config(path).save(out, sync=False)
+    found, sft, rl = (tensors_of(p) for p in (out, place / "models/sft", place / "models/rl"))
+    assert found.keys() == rl.keys()
+    for name, tensor in found.items():
+        source = name
+        if ".self_attn." in name:
+            layer = int(name.split(".")[2])
+            source = name.replace(f".{layer}.", f".{(layer + 2) % 4}.", 1)
+        expected = sft[name] if ".mlp." in name else rl[source]
+        assert tensor.tobytes() == expected.tobytes(), name
+
+
+@pytest.mark.parametrize(
+    ("modules", "found"),
+    [
+        (f"mlp: {{models: [models/sft]}}, default: {sliced('[0, 4]', '[0, 1]')}",
+         "mlp makes 4, default makes 5"),
+        (f"self_attn: {sliced('[0, 2]')}",
+         "self_attn makes 2, what no module takes has 4"),
+        (f"lm_head: {sliced('[0, 4]')}, default: {{models: [models/rl]}}",
+         "lm_head: has slices, and none of the layers model.layers.*"),
+    ],
+)  # fmt: skip
+def test_modules_that_make_no_whole_layers(tmp_path: Path, modules: str, found: str) -> None:
+    plan = planned(tmp_path, f"merge_method: passthrough\nmodules: {{{modules}}}\n")
+    assert [p.kind for p in plan.errors] == ["module"]
+    assert found in plan.errors[0].message
+
+
+def test_a_tensor_that_two_slices_make_is_refused(tmp_path: Path, place: Path) -> None:
+    # Prediction layers lie behind the last one: a longer stack would run into them.
+    extra = shutil.copytree(place / "models/rl", tmp_path / "extra")
+    name = "model.layers.4.mlp.up_proj.weight"
+    save_file({name: np.ones((48, 32), np.float32)}, extra / "model-extra.safetensors")
+    index = extra / "model.safetensors.index.json"
+    said = json.loads(index.read_text())
+    said["weight_map"][name] = "model-extra.safetensors"
+    index.write_text(json.dumps(said))
+    part = f"{{sources: [{{model: {extra}, layer_range: [0, 4]}}]}}"
+    again = f"{{sources: [{{model: {place / 'models/rl'}, layer_range: [0, 1]}}]}}"
+    plan = planned(tmp_path, f"merge_method: passthrough\nslices: [{part}, {again}]\n")
+    assert [p.message for p in plan.errors] == [
+        f"{name} would be written 2 times: two modules or slices make it"
+    ]
 
 
 @pytest.mark.parametrize(
