@@ -180,6 +180,26 @@ def test_a_sum_is_written_first_where_the_method_is_not_linear(
     assert UP.format(1) in by_path["instruct"]
 
 
+def test_what_is_written_first_is_not_rounded(
+    place: Path, tmp_path: Path, base: rv.Checkpoint, rl: rv.Checkpoint
+) -> None:
+    make_adapter(tmp_path / "lora")
+    adapted = base + rv.adapter(tmp_path / "lora", base=base)
+    adapted.save(tmp_path / "adapted", out_dtype="float32")
+    scaled = {name: np.float32(0.3) * value for name, value in _floats(place / "base").items()}
+    for number, (first, expected) in enumerate(
+        ((rv.passthrough(base, scale=0.3), scaled), (adapted, _floats(tmp_path / "adapted")))
+    ):
+        out = tmp_path / str(number)
+        rv.ties(first, {rl: 1.0}, lambda_=0.0).save(out, out_dtype="float32", sync=False)
+        for name, value in tensors_of(out).items():
+            assert np.allclose(value, expected[name], rtol=2.0**-22, atol=0), name
+
+
+def _floats(folder: Path) -> dict[str, np.ndarray]:
+    return {name: value.astype(np.float32) for name, value in tensors_of(folder).items()}
+
+
 def test_merges_inside_merges_are_what_they_are_one_by_one(
     tmp_path: Path, base: rv.Checkpoint, sft: rv.Checkpoint, rl: rv.Checkpoint
 ) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from reasonvec.compat.layout import FLOATS, TensorInfo
 from reasonvec.compat.problem import Problem
 from reasonvec.errors import ReasonvecError
+from reasonvec.folders import CheckpointFolder
 from reasonvec.json_values import Json
 from reasonvec.merging.custom import Computation, Custom
 from reasonvec.merging.inputs import Input
@@ -267,9 +268,27 @@ class TensorPlanner:
         staged.names.add(name)
         info = slot.info_of(model)
         # Rows that only move stay what they are; a sum is not rounded before it is used.
-        dtype = info.dtype if len(terms) == 1 else "F64" if info.dtype == "F64" else "F32"
+        kept = len(terms) == 1 and self._moved_only(terms[0], info)
+        dtype = info.dtype if kept else "F64" if info.dtype == "F64" else "F32"
         staged.plans.append(_plan(name, dtype, slot.laid(info.shape), None, terms))
         return self.operands.ref(staged, name)
+
+    def _moved_only(self, term: Json, info: TensorInfo) -> bool:
+        """Whether a term is elements of tensors of this dtype, each as it is."""
+        segments = term.get("segments", [term])
+        assert isinstance(segments, list)
+        for segment in segments:
+            ref = plain({"coefficient": term["coefficient"], "source": segment.get("source")})
+            if not isinstance(ref, dict):
+                return False
+            folder = self.operands.folders[ref["operand"]]
+            if isinstance(folder, Staged):  # in the dtype of what it stands for
+                continue
+            if not isinstance(folder, CheckpointFolder):
+                return False
+            if folder.layout.tensors[ref["name"]].dtype != info.dtype:
+                return False
+        return True
 
     # ---- what does not fit
 
