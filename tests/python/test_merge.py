@@ -482,6 +482,28 @@ def test_parameters_that_are_no_numbers(
 # ---- algebra
 
 
+def test_weights_beyond_all_numbers(
+    tmp_path: Path, base: rv.Checkpoint, rl: rv.Checkpoint, sft: rv.Checkpoint
+) -> None:
+    huge = {rl: 1e308, sft: 1e308}
+    for merge, found in (
+        (rv.linear(huge), "sum to inf"),
+        (rv.linear({rl: 1e308, sft: -1e308}), "sum to 0"),
+        (rv.linear({rl: 1.0, sft: -1.0 + 2.0**-53}, normalize=False), None),
+        (rv.linear({rl: 1e300, base: -1e300, sft: 1e-300}), "a coefficient of inf"),
+        (rv.task_arithmetic(base, {rl: 1e200}, lambda_=1e200), "a coefficient of inf"),
+        (rv.nuslerp(huge), "too large to be added up"),
+        (rv.multislerp(huge), "too large to be added up"),
+        (rv.ties(base, huge), "too large to be added up"),
+    ):
+        errors = merge.plan(tmp_path / "out").errors
+        if found is None:
+            assert not errors
+        else:
+            assert [e.kind for e in errors] == ["parameter"]
+            assert found in errors[0].message
+
+
 def test_a_merge_is_a_point_that_stands_alone(base: rv.Checkpoint, rl: rv.Checkpoint) -> None:
     merge, vector = rv.slerp(base, rl, t=0.5), rl - base
     for wrong, said in (

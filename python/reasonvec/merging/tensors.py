@@ -3,6 +3,7 @@ parameters, or why it is none."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -141,6 +142,7 @@ class TensorPlanner:
         )
         try:
             target, terms, method = self._combined(slot, reader)
+            _check_finite(terms)
         except ReasonvecError as error:
             # One line for what is wrong in every tensor alike.
             if str(error) not in self.told:
@@ -207,6 +209,9 @@ class TensorPlanner:
             return self._computed(method, slot, reader), [], None
         plan = method.plan(reader, len(models))
         weights = [reader.weight(i) if method.weighted else 1.0 for i in range(len(models))]
+        if not math.isfinite(sum(abs(weight) for weight in weights)):
+            message = f"the weights are too large to be added up: {weights}; give smaller ones"
+            raise ReasonvecError(message)
         terms = [
             {"coefficient": weight, **self._single(slot, model)}
             for weight, model in zip(weights, models, strict=True)
@@ -336,6 +341,17 @@ class TensorPlanner:
                 "and size",
                 slot.out,
             )
+
+
+def _check_finite(terms: Sequence[Json]) -> None:
+    """Finite weights may still have an infinite product or quotient."""
+    for term in terms:
+        if not math.isfinite(float(str(term["coefficient"]))):
+            message = (
+                f"the weights make a coefficient of {term['coefficient']}: give weights, scales "
+                "and a lambda whose products and quotients are finite"
+            )
+            raise ReasonvecError(message)
 
 
 def _plan(
