@@ -410,6 +410,36 @@ def test_files_that_say_nothing_useful(tmp_path: Path, text: str, found: str) ->
     assert str(path) in str(raised.value)
 
 
+BOMB = "x0: &x0 [1, 1]\n" + "".join(
+    f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]\n" for i in range(1, 11)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (BOMB + "dtype: *x10\n", "its aliases (*name) repeat parts of it"),
+        (BOMB + "parameters: {scale: *x10}\n", "its aliases (*name) repeat parts of it"),
+        (f"x: &x {'y' * 60000}\nz: [{', '.join(['*x'] * 100)}]\n", "its aliases (*name) repeat"),
+        (f"parameters: {{scale: {'9' * 400}}}\n", "expected a finite number, found 9999"),
+        (f"parameters: {{scale: 0x{'f' * 4000}}}\n", "a number has 4002 characters"),
+        (f"parameters: {{scale: 1{':00' * 400}.5}}\n", "a number has 1203 characters"),
+        (f"parameters: {{scale: 1{':00' * 250}.5}}\n", "expected YAML: int too large"),
+        ("base_model: ~nosuchuser/x\n", "~nosuchuser/x: there is no such folder"),
+        (f"base_model: {'a' * 5000}\n", "there is no such folder"),
+        ('base_model: "a\\0b"\n', "there is no such folder"),
+        ('base_model: "\\ud800"\n', "there is no such folder"),
+    ],
+    ids=range(11),
+)
+def test_files_that_mean_harm(tmp_path: Path, text: str, found: str) -> None:
+    path = write(tmp_path, f"merge_method: passthrough\nmodels: [models/sft]\n{text}")
+    with pytest.raises(rv.ReasonvecError) as raised:
+        rv.read_config(path)
+    assert found in str(raised.value)
+    assert str(path) in str(raised.value)
+
+
 def test_every_problem_at_once(tmp_path: Path) -> None:
     path = write(
         tmp_path,
