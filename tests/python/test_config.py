@@ -456,6 +456,8 @@ def test_every_problem_at_once(tmp_path: Path) -> None:
         ("merge_method: slerp\nbase_model: models/sft\nmodels: [{model: models/rl}]", "needs the parameter t"),
         ("merge_method: linear\nmodels: [{model: models/sft}, {model: models/rl, parameters: {weight: 1}}]", "sft has no weight"),
         ("merge_method: linear\nmodels: [{model: models/sft, parameters: {weight: 1}}, {model: models/rl, parameters: {weight: -1}}]", "sum to 0"),
+        ("merge_method: karcher\nmodels: [models/sft, models/rl]\nparameters: {max_iter: 1000000000}", "expected a whole number from 1 to 10000"),
+        ("merge_method: karcher\nmodels: [models/sft, models/rl]\nparameters: {max_iter: 1.5}", "max_iter is 1.5, expected a whole number"),
         ("merge_method: ties\nbase_model: models/base\nmodels: [{model: models/rl, parameters: {weight: 1, density: 1.5}}]", "density is 1.5, expected a share"),
         ("merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: models/sft}, {model: models/chatty}]", "tokenizer_source: union"),
     ],
