@@ -808,6 +808,10 @@ def test_a_method_in_python_that_makes_no_tile(
     short = rv.method(lambda models, base: models[0][:-1])
     with pytest.raises(rv.ReasonvecError, match="expected an array of"):
         short([rl, base]).save(tmp_path / "out")
+    for dtype in ("complex64", "object"):
+        unreal = rv.method(lambda models, base, dtype=dtype: models[0].astype(dtype))
+        with pytest.raises(rv.ReasonvecError, match=f"expected real numbers, found .*{dtype}"):
+            unreal([rl, base]).save(tmp_path / "out")
     wild = rv.method(lambda models, base: models[0] * np.float32(np.inf))
     with pytest.raises(rv.NonFiniteError, match="is not finite"):
         wild([rl, base]).save(tmp_path / "out")
