@@ -537,6 +537,32 @@ def test_rules_for_tokens_and_padding(tmp_path: Path, place: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("multiple", [30_000_000, 10**12])
+def test_padding_has_a_bound(tmp_path: Path, multiple: int) -> None:
+    text = "merge_method: passthrough\nmodels: [models/sft]\n"
+    plan = planned(tmp_path, f"{text}tokenizer: {{pad_to_multiple_of: {multiple}}}\n")
+    assert [p.kind for p in plan.errors] == ["tokenizer"]
+    assert f"makes {multiple} rows of 320" in plan.errors[0].message
+    plan = planned(tmp_path, f"{text}tokenizer: {{pad_to_multiple_of: 512}}\n")
+    assert not plan.errors
+    assert {t.shape[0] for t in plan.tensors if "embed" in t.name} == {512}
+
+
+def test_ids_of_tokens_have_a_bound(tmp_path: Path, place: Path) -> None:
+    model = shutil.copytree(place / "models/sft", tmp_path / "model")
+    path = model / "tokenizer.json"
+    said = json.loads(path.read_text(encoding="utf-8"))
+    said["model"]["vocab"]["far"] = 10**9
+    path.write_text(json.dumps(said), encoding="utf-8")
+    text = f"merge_method: passthrough\nmodels: [{model}]\ntokenizer_source: base\n"
+    plan = planned(tmp_path, text)
+    assert [p.kind for p in plan.errors] == ["tokenizer"]
+    assert f"{path}: 'far' has the id 1000000000" in plan.errors[0].message
+    said["model"]["vocab"]["far"] = 400  # a few rows more than there are: no harm
+    path.write_text(json.dumps(said), encoding="utf-8")
+    assert not planned(tmp_path, text).errors
+
+
 def test_a_token_of_several_takes_their_mean(tmp_path: Path, place: Path) -> None:
     shutil.copytree(place / "models", tmp_path / "models")
     shutil.copytree(tmp_path / "models/chatty", tmp_path / "models/second")
