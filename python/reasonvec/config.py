@@ -541,7 +541,7 @@ class _Reading(ConfigValues):
         source = entry.get("source")
         if source is None:
             return TokenRule(force=force)
-        if isinstance(source, Mapping) and ("kind" in source or "token" in source):
+        if isinstance(source, Mapping) and {"kind", "token", "token_id"} & source.keys():
             self.keys(f"{where}.source", source, _TOKEN_SOURCE)
             if source.get("kind") == "zero":
                 return TokenRule(zero=True, force=force)

@@ -563,6 +563,19 @@ def test_ids_of_tokens_have_a_bound(tmp_path: Path, place: Path) -> None:
     assert not planned(tmp_path, text).errors
 
 
+def test_a_row_by_its_number(tmp_path: Path, place: Path) -> None:
+    path = write(
+        tmp_path,
+        "merge_method: passthrough\nmodels: [models/sft]\ntokenizer:\n  tokens:\n"
+        "    <|new|>: {source: {model: models/rl, token_id: 5}}\n",
+    )
+    out = tmp_path / "out"
+    rv.read_config(path).save(out, sync=False)
+    made = tensors_of(out)["model.embed_tokens.weight"]
+    rl = tensors_of(place / "models/rl")["model.embed_tokens.weight"]
+    assert made[rows_of(out)["<|new|>"]].tobytes() == rl[5].tobytes()
+
+
 def test_a_token_of_several_takes_their_mean(tmp_path: Path, place: Path) -> None:
     shutil.copytree(place / "models", tmp_path / "models")
     shutil.copytree(tmp_path / "models/chatty", tmp_path / "models/second")
