@@ -576,6 +576,14 @@ def test_a_row_by_its_number(tmp_path: Path, place: Path) -> None:
     assert made[rows_of(out)["<|new|>"]].tobytes() == rl[5].tobytes()
 
 
+def test_a_chat_template_that_is_no_text(tmp_path: Path, place: Path) -> None:
+    model = shutil.copytree(place / "models/sft", tmp_path / "model")
+    (model / "chat_template.jinja").write_bytes(b"\xff\xfe{{x}}")
+    text = f"merge_method: passthrough\nmodels: [{model}]\nchat_template: auto\n"
+    with pytest.raises(rv.FormatError, match=r"chat_template\.jinja: expected .* in UTF-8"):
+        planned(tmp_path, text)
+
+
 def test_a_token_of_several_takes_their_mean(tmp_path: Path, place: Path) -> None:
     shutil.copytree(place / "models", tmp_path / "models")
     shutil.copytree(tmp_path / "models/chatty", tmp_path / "models/second")
