@@ -7,6 +7,7 @@ is. Paths are folders on this machine: nothing is downloaded.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,9 @@ from reasonvec.merging.vocabulary import Tokenizer, TokenRule
 __all__ = ["Recipe", "read_config", "read_recipe"]
 
 _LONGEST = 1 << 20
+# What aliases may make of a file: thousands of times what a recipe has.
+_MOST = 1 << 17
+_LONGEST_NUMBER = 1000
 _TOP = ("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype",
         "out_dtype", "tokenizer", "tokenizer_source", "chat_template", "name")  # fmt: skip
 _MODEL = ("model", "parameters")
@@ -124,12 +128,47 @@ def _documents(path: Path, content: bytes) -> list[object]:
             found[key] = loader.construct_object(value_node, deep=True)
         return found
 
+    def number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
+        # Python takes minutes to read, or refuses to write, what is longer still.
+        if len(node.value) > _LONGEST_NUMBER:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number has {len(node.value)} characters", node.start_mark
+            )
+        whole = node.tag.endswith(":int")
+        read = loader.construct_yaml_int if whole else loader.construct_yaml_float
+        value: int | float = read(node)
+        return value
+
     yaml.add_constructor("tag:yaml.org,2002:map", mapping, loader_class)
+    for kind in ("int", "float"):
+        yaml.add_constructor(f"tag:yaml.org,2002:{kind}", number, loader_class)
     try:
-        return [d for d in yaml.load_all(content, loader_class) if d is not None]
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        documents = [d for d in yaml.load_all(content, loader_class) if d is not None]
+        size = _size(documents, {})
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         message = f"{path}: expected YAML: {' '.join(str(error).split())}"
         raise FormatError(message) from None
+    if size > _MOST:
+        message = (
+            f"{path}: expected a config; its aliases (*name) repeat parts of it so often that it "
+            f"has more than {_MOST} values"
+        )
+        raise FormatError(message)
+    return documents
+
+
+def _size(value: object, known: dict[int, int]) -> int:
+    """How many values there are in a value where every alias is written out; 16 characters of a
+    string count as one."""
+    if isinstance(value, (str, bytes)):
+        return 1 + len(value) // 16
+    if not isinstance(value, (Mapping, list, tuple, set)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = _MOST + 1  # until it is known: what holds itself has no end
+        parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(value)]
 
 
 @dataclass
@@ -389,9 +428,14 @@ class _Reading(ConfigValues):
 
     def folder(self, path: str) -> Path | None:
         """The folder of a path, from here or from where the config is."""
+        try:
+            named = Path(path).expanduser()
+        except RuntimeError:  # ~somebody, who has no home here
+            return None
         for start in (Path(), self.path.parent):
-            folder = start / Path(path).expanduser()
-            if folder.exists():
+            folder = start / named
+            # os.path takes a name that no file can have for one that none has.
+            if os.path.exists(folder):  # noqa: PTH110
                 return folder
         return None
 
@@ -497,7 +541,7 @@ class _Reading(ConfigValues):
         source = entry.get("source")
         if source is None:
             return TokenRule(force=force)
-        if isinstance(source, Mapping) and ("kind" in source or "token" in source):
+        if isinstance(source, Mapping) and {"kind", "token", "token_id"} & source.keys():
             self.keys(f"{where}.source", source, _TOKEN_SOURCE)
             if source.get("kind") == "zero":
                 return TokenRule(zero=True, force=force)

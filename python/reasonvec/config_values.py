@@ -133,14 +133,11 @@ class ConfigValues:
         return self.number(where, value)
 
     def number(self, where: str, value: object) -> float | None:
-        if isinstance(value, (bool, int, float)):
-            number = float(value)
-        else:
-            # YAML 1.1 reads 1e-5, without a point, as a word.
-            try:
-                number = float(value) if isinstance(value, str) else math.nan
-            except ValueError:
-                number = math.nan
+        # YAML 1.1 reads 1e-5, without a point, as a word.
+        try:
+            number = float(value) if isinstance(value, (bool, int, float, str)) else math.nan
+        except (ValueError, OverflowError):
+            number = math.nan
         if math.isfinite(number):
             return number
         self.error(where, f"expected a finite number, found {shorten(value)}")

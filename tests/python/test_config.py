@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from models import NEW_TOKENS, make_models, tensors_of
+from safetensors.numpy import save_file
 
 import reasonvec as rv
 from reasonvec.apply import ApplyPlan
@@ -266,6 +267,65 @@ slices:
     assert patched["layer_types"] == ["a", "b", "c", "b", "c", "d"]
 
 
+def sliced(*ranges: str) -> str:
+    """A module of slices of rl."""
+    parts = (f"{{sources: [{{model: models/rl, layer_range: {part}}}]}}" for part in ranges)
+    return f"{{slices: [{', '.join(parts)}]}}"
+
+
+def test_a_sliced_module_makes_its_own_share(tmp_path: Path, place: Path) -> None:
+    path = write(
+        tmp_path,
+        "merge_method: passthrough\nmodules:\n  mlp: {models: [{model: models/sft}]}\n"
+        f"  self_attn: {sliced('[2, 4]', '[0, 2]')}\n  default: {sliced('[0, 4]')}\n",
+    )
+    out = tmp_path / "out"
+    rv.read_config(path).save(out, sync=False)
+    found, sft, rl = (tensors_of(p) for p in (out, place / "models/sft", place / "models/rl"))
+    assert found.keys() == rl.keys()
+    for name, tensor in found.items():
+        source = name
+        if ".self_attn." in name:
+            layer = int(name.split(".")[2])
+            source = name.replace(f".{layer}.", f".{(layer + 2) % 4}.", 1)
+        expected = sft[name] if ".mlp." in name else rl[source]
+        assert tensor.tobytes() == expected.tobytes(), name
+
+
+@pytest.mark.parametrize(
+    ("modules", "found"),
+    [
+        (f"mlp: {{models: [models/sft]}}, default: {sliced('[0, 4]', '[0, 1]')}",
+         "mlp makes 4, default makes 5"),
+        (f"self_attn: {sliced('[0, 2]')}",
+         "self_attn makes 2, what no module takes has 4"),
+        (f"lm_head: {sliced('[0, 4]')}, default: {{models: [models/rl]}}",
+         "lm_head: has slices, and none of the layers model.layers.*"),
+    ],
+)  # fmt: skip
+def test_modules_that_make_no_whole_layers(tmp_path: Path, modules: str, found: str) -> None:
+    plan = planned(tmp_path, f"merge_method: passthrough\nmodules: {{{modules}}}\n")
+    assert [p.kind for p in plan.errors] == ["module"]
+    assert found in plan.errors[0].message
+
+
+def test_a_tensor_that_two_slices_make_is_refused(tmp_path: Path, place: Path) -> None:
+    # Prediction layers lie behind the last one: a longer stack would run into them.
+    extra = shutil.copytree(place / "models/rl", tmp_path / "extra")
+    name = "model.layers.4.mlp.up_proj.weight"
+    save_file({name: np.ones((48, 32), np.float32)}, extra / "model-extra.safetensors")
+    index = extra / "model.safetensors.index.json"
+    said = json.loads(index.read_text())
+    said["weight_map"][name] = "model-extra.safetensors"
+    index.write_text(json.dumps(said))
+    part = f"{{sources: [{{model: {extra}, layer_range: [0, 4]}}]}}"
+    again = f"{{sources: [{{model: {place / 'models/rl'}, layer_range: [0, 1]}}]}}"
+    plan = planned(tmp_path, f"merge_method: passthrough\nslices: [{part}, {again}]\n")
+    assert [p.message for p in plan.errors] == [
+        f"{name} would be written 2 times: two modules or slices make it"
+    ]
+
+
 @pytest.mark.parametrize(
     ("ranges", "found"),
     [
@@ -350,6 +410,36 @@ def test_files_that_say_nothing_useful(tmp_path: Path, text: str, found: str) ->
     assert str(path) in str(raised.value)
 
 
+BOMB = "x0: &x0 [1, 1]\n" + "".join(
+    f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]\n" for i in range(1, 11)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (BOMB + "dtype: *x10\n", "its aliases (*name) repeat parts of it"),
+        (BOMB + "parameters: {scale: *x10}\n", "its aliases (*name) repeat parts of it"),
+        (f"x: &x {'y' * 60000}\nz: [{', '.join(['*x'] * 100)}]\n", "its aliases (*name) repeat"),
+        (f"parameters: {{scale: {'9' * 400}}}\n", "expected a finite number, found 9999"),
+        (f"parameters: {{scale: 0x{'f' * 4000}}}\n", "a number has 4002 characters"),
+        (f"parameters: {{scale: 1{':00' * 400}.5}}\n", "a number has 1203 characters"),
+        (f"parameters: {{scale: 1{':00' * 250}.5}}\n", "expected YAML: int too large"),
+        ("base_model: ~nosuchuser/x\n", "~nosuchuser/x: there is no such folder"),
+        (f"base_model: {'a' * 5000}\n", "there is no such folder"),
+        ('base_model: "a\\0b"\n', "there is no such folder"),
+        ('base_model: "\\ud800"\n', "there is no such folder"),
+    ],
+    ids=range(11),
+)
+def test_files_that_mean_harm(tmp_path: Path, text: str, found: str) -> None:
+    path = write(tmp_path, f"merge_method: passthrough\nmodels: [models/sft]\n{text}")
+    with pytest.raises(rv.ReasonvecError) as raised:
+        rv.read_config(path)
+    assert found in str(raised.value)
+    assert str(path) in str(raised.value)
+
+
 def test_every_problem_at_once(tmp_path: Path) -> None:
     path = write(
         tmp_path,
@@ -366,6 +456,8 @@ def test_every_problem_at_once(tmp_path: Path) -> None:
         ("merge_method: slerp\nbase_model: models/sft\nmodels: [{model: models/rl}]", "needs the parameter t"),
         ("merge_method: linear\nmodels: [{model: models/sft}, {model: models/rl, parameters: {weight: 1}}]", "sft has no weight"),
         ("merge_method: linear\nmodels: [{model: models/sft, parameters: {weight: 1}}, {model: models/rl, parameters: {weight: -1}}]", "sum to 0"),
+        ("merge_method: karcher\nmodels: [models/sft, models/rl]\nparameters: {max_iter: 1000000000}", "expected a whole number from 1 to 10000"),
+        ("merge_method: karcher\nmodels: [models/sft, models/rl]\nparameters: {max_iter: 1.5}", "max_iter is 1.5, expected a whole number"),
         ("merge_method: ties\nbase_model: models/base\nmodels: [{model: models/rl, parameters: {weight: 1, density: 1.5}}]", "density is 1.5, expected a share"),
         ("merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: models/sft}, {model: models/chatty}]", "tokenizer_source: union"),
     ],
@@ -443,6 +535,53 @@ def test_rules_for_tokens_and_padding(tmp_path: Path, place: Path) -> None:
     assert (
         "<|im_start|>" in json.loads((out / "tokenizer_config.json").read_text())["chat_template"]
     )
+
+
+@pytest.mark.parametrize("multiple", [30_000_000, 10**12])
+def test_padding_has_a_bound(tmp_path: Path, multiple: int) -> None:
+    text = "merge_method: passthrough\nmodels: [models/sft]\n"
+    plan = planned(tmp_path, f"{text}tokenizer: {{pad_to_multiple_of: {multiple}}}\n")
+    assert [p.kind for p in plan.errors] == ["tokenizer"]
+    assert f"makes {multiple} rows of 320" in plan.errors[0].message
+    plan = planned(tmp_path, f"{text}tokenizer: {{pad_to_multiple_of: 512}}\n")
+    assert not plan.errors
+    assert {t.shape[0] for t in plan.tensors if "embed" in t.name} == {512}
+
+
+def test_ids_of_tokens_have_a_bound(tmp_path: Path, place: Path) -> None:
+    model = shutil.copytree(place / "models/sft", tmp_path / "model")
+    path = model / "tokenizer.json"
+    said = json.loads(path.read_text(encoding="utf-8"))
+    said["model"]["vocab"]["far"] = 10**9
+    path.write_text(json.dumps(said), encoding="utf-8")
+    text = f"merge_method: passthrough\nmodels: [{model}]\ntokenizer_source: base\n"
+    plan = planned(tmp_path, text)
+    assert [p.kind for p in plan.errors] == ["tokenizer"]
+    assert f"{path}: 'far' has the id 1000000000" in plan.errors[0].message
+    said["model"]["vocab"]["far"] = 400  # a few rows more than there are: no harm
+    path.write_text(json.dumps(said), encoding="utf-8")
+    assert not planned(tmp_path, text).errors
+
+
+def test_a_row_by_its_number(tmp_path: Path, place: Path) -> None:
+    path = write(
+        tmp_path,
+        "merge_method: passthrough\nmodels: [models/sft]\ntokenizer:\n  tokens:\n"
+        "    <|new|>: {source: {model: models/rl, token_id: 5}}\n",
+    )
+    out = tmp_path / "out"
+    rv.read_config(path).save(out, sync=False)
+    made = tensors_of(out)["model.embed_tokens.weight"]
+    rl = tensors_of(place / "models/rl")["model.embed_tokens.weight"]
+    assert made[rows_of(out)["<|new|>"]].tobytes() == rl[5].tobytes()
+
+
+def test_a_chat_template_that_is_no_text(tmp_path: Path, place: Path) -> None:
+    model = shutil.copytree(place / "models/sft", tmp_path / "model")
+    (model / "chat_template.jinja").write_bytes(b"\xff\xfe{{x}}")
+    text = f"merge_method: passthrough\nmodels: [{model}]\nchat_template: auto\n"
+    with pytest.raises(rv.FormatError, match=r"chat_template\.jinja: expected .* in UTF-8"):
+        planned(tmp_path, text)
 
 
 def test_a_token_of_several_takes_their_mean(tmp_path: Path, place: Path) -> None:

@@ -180,6 +180,26 @@ def test_a_sum_is_written_first_where_the_method_is_not_linear(
     assert UP.format(1) in by_path["instruct"]
 
 
+def test_what_is_written_first_is_not_rounded(
+    place: Path, tmp_path: Path, base: rv.Checkpoint, rl: rv.Checkpoint
+) -> None:
+    make_adapter(tmp_path / "lora")
+    adapted = base + rv.adapter(tmp_path / "lora", base=base)
+    adapted.save(tmp_path / "adapted", out_dtype="float32")
+    scaled = {name: np.float32(0.3) * value for name, value in _floats(place / "base").items()}
+    for number, (first, expected) in enumerate(
+        ((rv.passthrough(base, scale=0.3), scaled), (adapted, _floats(tmp_path / "adapted")))
+    ):
+        out = tmp_path / str(number)
+        rv.ties(first, {rl: 1.0}, lambda_=0.0).save(out, out_dtype="float32", sync=False)
+        for name, value in tensors_of(out).items():
+            assert np.allclose(value, expected[name], rtol=2.0**-22, atol=0), name
+
+
+def _floats(folder: Path) -> dict[str, np.ndarray]:
+    return {name: value.astype(np.float32) for name, value in tensors_of(folder).items()}
+
+
 def test_merges_inside_merges_are_what_they_are_one_by_one(
     tmp_path: Path, base: rv.Checkpoint, sft: rv.Checkpoint, rl: rv.Checkpoint
 ) -> None:
@@ -460,6 +480,28 @@ def test_parameters_that_are_no_numbers(
 
 
 # ---- algebra
+
+
+def test_weights_beyond_all_numbers(
+    tmp_path: Path, base: rv.Checkpoint, rl: rv.Checkpoint, sft: rv.Checkpoint
+) -> None:
+    huge = {rl: 1e308, sft: 1e308}
+    for merge, found in (
+        (rv.linear(huge), "sum to inf"),
+        (rv.linear({rl: 1e308, sft: -1e308}), "sum to 0"),
+        (rv.linear({rl: 1.0, sft: -1.0 + 2.0**-53}, normalize=False), None),
+        (rv.linear({rl: 1e300, base: -1e300, sft: 1e-300}), "a coefficient of inf"),
+        (rv.task_arithmetic(base, {rl: 1e200}, lambda_=1e200), "a coefficient of inf"),
+        (rv.nuslerp(huge), "too large to be added up"),
+        (rv.multislerp(huge), "too large to be added up"),
+        (rv.ties(base, huge), "too large to be added up"),
+    ):
+        errors = merge.plan(tmp_path / "out").errors
+        if found is None:
+            assert not errors
+        else:
+            assert [e.kind for e in errors] == ["parameter"]
+            assert found in errors[0].message
 
 
 def test_a_merge_is_a_point_that_stands_alone(base: rv.Checkpoint, rl: rv.Checkpoint) -> None:
@@ -766,6 +808,10 @@ def test_a_method_in_python_that_makes_no_tile(
     short = rv.method(lambda models, base: models[0][:-1])
     with pytest.raises(rv.ReasonvecError, match="expected an array of"):
         short([rl, base]).save(tmp_path / "out")
+    for dtype in ("complex64", "object"):
+        unreal = rv.method(lambda models, base, dtype=dtype: models[0].astype(dtype))
+        with pytest.raises(rv.ReasonvecError, match=f"expected real numbers, found .*{dtype}"):
+            unreal([rl, base]).save(tmp_path / "out")
     wild = rv.method(lambda models, base: models[0] * np.float32(np.inf))
     with pytest.raises(rv.NonFiniteError, match="is not finite"):
         wild([rl, base]).save(tmp_path / "out")

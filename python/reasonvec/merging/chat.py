@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from reasonvec.compat.problem import Problem
+from reasonvec.errors import FormatError
 from reasonvec.folders import CheckpointFolder
 from reasonvec.json_values import read_json
 
@@ -51,10 +52,19 @@ _KNOWN: dict[str, str] = {
 
 
 def template_of(folder: CheckpointFolder) -> str | None:
-    """The chat template of a checkpoint, if it has one."""
+    """The chat template of a checkpoint, if it has one.
+
+    Raises:
+        FormatError: the file is no text in UTF-8.
+        OSError: it cannot be read.
+    """
     path = folder.folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            message = f"{path}: expected a chat template in UTF-8: {error}; fetch the file again"
+            raise FormatError(message) from None
     config = folder.folder / "tokenizer_config.json"
     said = read_json(config).get("chat_template") if config.is_file() else None
     return said if isinstance(said, str) else None

@@ -202,7 +202,7 @@ def multislerp(
 def karcher(
     models: Sequence[AnyPoint], *, max_iter: Parameter = 10, tol: Parameter = 1e-5
 ) -> Merge:
-    """The Riemannian mean of models on the sphere."""
+    """The Riemannian mean of models on the sphere. ``max_iter`` is from 1 to 10,000."""
     return _merge(Karcher, models, max_iter=max_iter, tol=tol)
 
 

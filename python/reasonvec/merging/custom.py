@@ -96,7 +96,8 @@ class Computation:
         """Elements ``start`` to ``stop`` of the tensor.
 
         Raises:
-            ReasonvecError: the function returns something else than one number for each element.
+            ReasonvecError: the function returns something else than one real number for each
+                element.
         """
         import numpy as np
 
@@ -112,6 +113,13 @@ class Computation:
             message = (
                 f"{name}: {self.name}: expected an array of {stop - start} elements, found "
                 f"{list(made.shape)}; a method makes one number of each element of a tile"
+            )
+            raise ReasonvecError(message)
+        if made.dtype.kind not in "fiub" and made.dtype.name != "bfloat16":
+            name = getattr(self.function, "__name__", "the function")
+            message = (
+                f"{name}: {self.name}: expected real numbers, found an array of {made.dtype}; a "
+                "method makes one number of each element of a tile"
             )
             raise ReasonvecError(message)
         return made.astype(np.float32)

@@ -12,6 +12,9 @@ from reasonvec.merging.parameters import Parameter
 
 __all__ = ["Karcher", "ModelStock", "Multislerp", "Nuslerp", "Slerp"]
 
+# What converges at all has done so long before.
+_ROUNDS = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class Slerp(Method):
@@ -81,8 +84,9 @@ class Karcher(Method):
 
     def plan(self, read: Reader, models: int) -> Json:
         rounds = self.number(read, "max_iter")
-        if rounds < 1 or rounds != int(rounds):
-            raise ReasonvecError(f"max_iter is {rounds:g}, expected a whole number from 1")
+        if not 1 <= rounds <= _ROUNDS or rounds != int(rounds):
+            message = f"max_iter is {rounds:g}, expected a whole number from 1 to {_ROUNDS}"
+            raise ReasonvecError(message)
         return {"kind": "karcher", "max_iter": int(rounds), "tol": self.number(read, "tol")}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -36,6 +37,12 @@ def _normalised(weights: list[float]) -> list[float]:
         message = (
             "the weights sum to 0, so they cannot be normalised: give other weights, or "
             "normalize: false"
+        )
+        raise ReasonvecError(message)
+    if not math.isfinite(total):
+        message = (
+            f"the weights sum to {total:g}, so they cannot be normalised: give smaller weights of "
+            "the same ratio"
         )
         raise ReasonvecError(message)
     return [weight / total for weight in weights]

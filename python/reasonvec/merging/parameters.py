@@ -143,7 +143,7 @@ def _level(value: object, label: str) -> float | tuple[float, ...]:
 def _number(value: object, label: str) -> float:
     try:
         number = float(value)  # type: ignore[arg-type] # numpy scalars are numbers too
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, str) or not math.isfinite(number):
         message = (

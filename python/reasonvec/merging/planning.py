@@ -54,6 +54,17 @@ class Plan:
     inputs: list[Input]
 
 
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What a module makes of the output: what it takes, and no earlier one does."""
+
+    module: Module
+    earlier: tuple[Module, ...]
+
+    def has(self, name: str) -> bool:
+        return self.module.takes(name) and not any(other.takes(name) for other in self.earlier)
+
+
 @dataclass
 class _Planner(TensorPlanner):
     """The whole merge: which tensors there are, and what stands in the way of all of them."""
@@ -269,6 +280,8 @@ class _Planner(TensorPlanner):
         origins: list[LayerOrigin] | None = None
         copies = {*donor.layout.copies()}
         names = {n: s for n, s in donor.names.items() if s not in copies}
+        depths: dict[str, int] = {}
+        earlier: list[Module] = []
         for module, parts in modules:
             wanted = {n: s for n, s in names.items() if n not in done and module.takes(n)}
             if not wanted:
@@ -278,12 +291,26 @@ class _Planner(TensorPlanner):
                     f"tensors start like {next(iter(names), 'nothing')!r}",
                 )
             done |= wanted.keys()
+            layered = any(donor.stack.layer(name) is not None for name in wanted)
             if parts[0].length is None:
                 self._check_names(parts[0], module, donor)
                 found += self._whole(wanted, parts[0], donor, vocabulary)
-            else:
+                depth = donor.stack.layers
+            elif layered:
                 origins = []
-                found += self._sliced(wanted, parts, donor, vocabulary, origins)
+                share = _Share(module, tuple(earlier))
+                found += self._sliced(wanted, parts, donor, vocabulary, origins, share)
+                depth = len(origins)
+            else:
+                self.error(
+                    "module",
+                    f"modules: {module.name}: has slices, and none of the layers "
+                    f"{donor.stack.prefix}* that slices are of; list its models whole "
+                    "(models in place of slices)",
+                )
+            if layered:
+                depths[f"{module.name} makes"] = depth
+            earlier.append(module)
         for name in names.keys() - done:
             self.problems.append(
                 Problem(
@@ -296,6 +323,19 @@ class _Planner(TensorPlanner):
         if names.keys() - done:
             copied = {n: s for n, s in names.items() if n not in done}
             found += [self.copied(n, donor, "no module takes it") for n in copied]
+            if any(donor.stack.layer(name) is not None for name in copied):
+                depths["what no module takes has"] = donor.stack.layers
+        if len({*depths.values()}) > 1:
+            said = ", ".join(f"{who} {depth}" for who, depth in depths.items())
+            self.error(
+                "module",
+                f"modules: the parts of a layer must be of equally many layers: {said}; give "
+                "every module slices of the same lengths",
+            )
+        for name, count in Counter(tensor.name for tensor in found).items():
+            if count > 1:
+                message = f"{name} would be written {count} times: two modules or slices make it"
+                self.error("module", message, name)
         return found, origins
 
     def _whole(
@@ -321,6 +361,7 @@ class _Planner(TensorPlanner):
         donor: Input,
         vocabulary: Vocabulary | None,
         origins: list[LayerOrigin],
+        share: _Share,
     ) -> Iterator[MergedTensor]:
         stack = donor.stack
         outside = [name for name in names if stack.layer(name) is None]
@@ -348,6 +389,8 @@ class _Planner(TensorPlanner):
                 ramp = at / (total - 1) if total > 1 else 0.0
                 origins.append(LayerOrigin(frame.input.layout, number))
                 for name in by_layer.get(number, []):
+                    if not share.has(renumbered(name, at)):
+                        continue
                     info = frame.input.layout.tensors[theirs[name]]
                     out = renumbered(info.name, at)
                     place = Place(renumbered(name, at), depth)

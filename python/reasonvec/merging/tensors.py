@@ -3,6 +3,7 @@ parameters, or why it is none."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from reasonvec.compat.layout import FLOATS, TensorInfo
 from reasonvec.compat.problem import Problem
 from reasonvec.errors import ReasonvecError
+from reasonvec.folders import CheckpointFolder
 from reasonvec.json_values import Json
 from reasonvec.merging.custom import Computation, Custom
 from reasonvec.merging.inputs import Input
@@ -140,6 +142,7 @@ class TensorPlanner:
         )
         try:
             target, terms, method = self._combined(slot, reader)
+            _check_finite(terms)
         except ReasonvecError as error:
             # One line for what is wrong in every tensor alike.
             if str(error) not in self.told:
@@ -206,6 +209,9 @@ class TensorPlanner:
             return self._computed(method, slot, reader), [], None
         plan = method.plan(reader, len(models))
         weights = [reader.weight(i) if method.weighted else 1.0 for i in range(len(models))]
+        if not math.isfinite(sum(abs(weight) for weight in weights)):
+            message = f"the weights are too large to be added up: {weights}; give smaller ones"
+            raise ReasonvecError(message)
         terms = [
             {"coefficient": weight, **self._single(slot, model)}
             for weight, model in zip(weights, models, strict=True)
@@ -267,9 +273,27 @@ class TensorPlanner:
         staged.names.add(name)
         info = slot.info_of(model)
         # Rows that only move stay what they are; a sum is not rounded before it is used.
-        dtype = info.dtype if len(terms) == 1 else "F64" if info.dtype == "F64" else "F32"
+        kept = len(terms) == 1 and self._moved_only(terms[0], info)
+        dtype = info.dtype if kept else "F64" if info.dtype == "F64" else "F32"
         staged.plans.append(_plan(name, dtype, slot.laid(info.shape), None, terms))
         return self.operands.ref(staged, name)
+
+    def _moved_only(self, term: Json, info: TensorInfo) -> bool:
+        """Whether a term is elements of tensors of this dtype, each as it is."""
+        segments = term.get("segments", [term])
+        assert isinstance(segments, list)
+        for segment in segments:
+            ref = plain({"coefficient": term["coefficient"], "source": segment.get("source")})
+            if not isinstance(ref, dict):
+                return False
+            folder = self.operands.folders[ref["operand"]]
+            if isinstance(folder, Staged):  # in the dtype of what it stands for
+                continue
+            if not isinstance(folder, CheckpointFolder):
+                return False
+            if folder.layout.tensors[ref["name"]].dtype != info.dtype:
+                return False
+        return True
 
     # ---- what does not fit
 
@@ -317,6 +341,17 @@ class TensorPlanner:
                 "and size",
                 slot.out,
             )
+
+
+def _check_finite(terms: Sequence[Json]) -> None:
+    """Finite weights may still have an infinite product or quotient."""
+    for term in terms:
+        if not math.isfinite(float(str(term["coefficient"]))):
+            message = (
+                f"the weights make a coefficient of {term['coefficient']}: give weights, scales "
+                "and a lambda whose products and quotients are finite"
+            )
+            raise ReasonvecError(message)
 
 
 def _plan(

@@ -47,6 +47,9 @@ class Tokenizer:
     pad_to_multiple_of: int | None = None
 
 
+# Rows that padding may add to a small vocabulary; a large one it may double.
+_PADDING = 1 << 16
+
 # One row: (index of the input, its row); none for zeros; several for their mean.
 _Row: TypeAlias = tuple[tuple[int, int], ...]
 
@@ -124,6 +127,9 @@ def _lay_out(
             names = source.names
             rows.append(source.layout.tensors[names[embedding]].shape[0])
         maps.append(dict(tokens or {}))
+        problem = _beyond(source, maps[-1], rows[-1])
+        if problem is not None:
+            problems.append(problem)
     if problems:
         return make(chosen, 0, {}, {}, {}, [], {}, frozenset(), problems)
 
@@ -146,7 +152,15 @@ def _lay_out(
         following += 1
     total = max(following, rows[at])
     if spec.pad_to_multiple_of:
-        total = math.ceil(total / spec.pad_to_multiple_of) * spec.pad_to_multiple_of
+        padded = -(-total // spec.pad_to_multiple_of) * spec.pad_to_multiple_of
+        if padded - total > max(total, _PADDING):
+            message = (
+                f"tokenizer: pad_to_multiple_of: {spec.pad_to_multiple_of} makes {padded} rows of "
+                f"{total}; usual multiples are 8 to 512"
+            )
+            problems.append(Problem("tokenizer", message))
+            return make(chosen, 0, {}, {}, {}, [], {}, frozenset(), problems)
+        total = padded
 
     by_row: dict[int, str] = {}
     for token, number in final.items():
@@ -190,6 +204,20 @@ def _lay_out(
         if total == rows[k] and all(row == ((k, i),) for i, row in enumerate(laid)):
             identical.add(id(inputs[k]))
     return make(chosen, total, final, added, owners, inputs, result, frozenset(identical), problems)
+
+
+def _beyond(source: Input, tokens: Mapping[str, int], rows: int) -> Problem | None:
+    """What is wrong with a token whose row would lie far behind all others: every row up to it
+    would have to be made."""
+    token = max(tokens, key=tokens.__getitem__, default="")
+    if not tokens or tokens[token] < rows + max(len(tokens), _PADDING):
+        return None
+    return Problem(
+        "tokenizer",
+        f"{source.layout.tokenizer}: {token[:40]!r} has the id {tokens[token]}, and the model has "
+        f"{len(tokens)} tokens and {rows} rows of embeddings: the file is not this model's, or "
+        "damaged; fetch it again",
+    )
 
 
 def _ruled(
