@@ -63,7 +63,8 @@ class LoraOptions(RunOptions, total=False):
     sync: bool
     """Whether files are flushed to the disk before they get their final names (default True)."""
     overwrite: bool
-    """Replace an earlier output of reasonvec in the folder."""
+    """Replace an earlier output of reasonvec in the folder. It stands until the new one is whole:
+    there must be room for both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,21 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
     rank = options.get("rank", "auto")
     check_rank(rank)
     tensors, operands = summed(vector)
+    destination = Destination(out, operands.folders, overwrite=options.get("overwrite", False))
+    with destination.renewed(ADAPTER_CONFIG) as folder:
+        return _write(vector, tensors, operands, folder, out, options)
+
+
+def _write(
+    vector: Vector,
+    tensors: Mapping[str, Summed],
+    operands: Operands,
+    folder: Path,
+    out: Path,
+    options: LoraOptions,
+) -> LoraReport:
+    """Write it into a folder that will be ``out`` in the end."""
+    rank = options.get("rank", "auto")
     layout = leaf_layout(vector.terms[0].leaf)
     flipped = layout.config.get("model_type") in _CONV1D
     modules = {
@@ -146,7 +162,6 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
     sizes = [elements(tensor.shape) for tensor in tensors.values()]
     parts = steps(options, [sum(sizes), *(4 * elements(m.shape) for m in modules.values())])
     norms = _norms(tensors, operands, next(parts))
-    Destination(out, operands.folders, overwrite=options.get("overwrite", False)).prepare()
     experts, lost = _experts(modules, layout, norms)
     if experts:
         biases_of = (name for name in tensors if name.endswith(".bias"))
@@ -156,10 +171,10 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
     bare = class_prefix(layout)
     place = _PREFIX + (bare or "")
     names = [f"{place}{module}.lora_{part}" for module in modules for part in _PARTS]
-    spool = out / _EXPERTS
+    spool = folder / _EXPERTS
     try:
         with (
-            FactorFile(out / ADAPTER_MODEL, names, _METADATA) as file,
+            FactorFile(folder / ADAPTER_MODEL, names, _METADATA) as file,
             FactorFile(spool, names) as stacked,
         ):
             for (module, tensor), part in zip(modules.items(), parts, strict=True):
@@ -207,15 +222,15 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
         math.sqrt(sum(norm**2 for norm in norms.values())),
         math.sqrt(truncated),
         left_out,
-        (out / ADAPTER_MODEL).stat().st_size,
+        (folder / ADAPTER_MODEL).stat().st_size,
         [_unplaced(layout)] if bare is None else [],
     )
     sync = options.get("sync", True)
     base = options.get("base") or _base_of(vector)
     config = _config(report, bare or "", modules, experts, layout.config, base, flipped=flipped)
-    core.write_whole(out / "README.md", _card(report, base).encode(), sync)
+    core.write_whole(folder / "README.md", _card(report, base).encode(), sync)
     # The config last: a folder without it is no adapter.
-    write_json(out / ADAPTER_CONFIG, config, sync=sync)
+    write_json(folder / ADAPTER_CONFIG, config, sync=sync)
     return report
 
 

@@ -24,6 +24,7 @@ from reasonvec.destination import Destination
 from reasonvec.errors import MismatchError
 from reasonvec.extract import ExtractOptions, ExtractReport, Row, write_vector
 from reasonvec.factor_file import FactorFile, Values
+from reasonvec.folders import VECTOR_CONFIG
 from reasonvec.json_values import Json
 from reasonvec.memory import anonymous_bytes
 from reasonvec.names import is_vocabulary
@@ -302,19 +303,20 @@ def _write(
     factors: Callable[[Summed, FactorFile], list[str] | None],
     config: Json,
 ) -> ExtractReport:
-    Destination(out, operands.folders, overwrite=options.get("overwrite", False)).prepare()
-    path = out / _FACTORS
+    destination = Destination(out, operands.folders, overwrite=options.get("overwrite", False))
     names = [f"{name}:{role}" for name in tensors for role in ("u", "s", "v")]
     stored: dict[str, list[str]] = {}
-    try:
-        with FactorFile(path, names) as file:
-            for name, tensor in tensors.items():
-                entries = factors(tensor, file)
-                if entries is not None:
-                    stored[name] = entries
-            file.finish(sync=False)
-        return write_vector(
-            vector, out, options, destination=False, factors=(path, stored), config=config
-        )
-    finally:
-        path.unlink(missing_ok=True)
+    with destination.renewed(VECTOR_CONFIG) as place:
+        path = place / _FACTORS
+        try:
+            with FactorFile(path, names) as file:
+                for name, tensor in tensors.items():
+                    entries = factors(tensor, file)
+                    if entries is not None:
+                        stored[name] = entries
+                file.finish(sync=False)
+            return write_vector(
+                vector, out, options, place=place, factors=(path, stored), config=config
+            )
+        finally:
+            path.unlink(missing_ok=True)

@@ -638,6 +638,39 @@ def test_overwrite_removes_only_what_it_wrote(own: Family, tmp_path: Path) -> No
     assert contents(tmp_path / "reason")["notes.txt"] == b"mine"
 
 
+def test_what_is_overwritten_stands_until_the_new_one_is_whole(own: Family, tmp_path: Path) -> None:
+    """Vectors and adapters survive a run that fails; one that ends leaves what it would have made in
+    an empty folder."""
+    saves: dict[str, Callable[[Vector, Path, bool], object]] = {
+        "exact": lambda v, out, over: v.save(out, overwrite=over),
+        "low": lambda v, out, over: v.compress(out, rank=2, overwrite=over),
+        "lora": lambda v, out, over: v.to_lora(out, rank=2, overwrite=over),
+    }
+    whole = donors(own)
+    for name, save in saves.items():
+        save(2 * whole, tmp_path / name, False)
+        # What a killed run left in the way.
+        half = tmp_path / name / ".reasonvec-renewed"
+        half.mkdir()
+        (half / "vector_model-00007.safetensors").write_text("half")
+        save(whole, tmp_path / name, True)
+        save(whole, tmp_path / f"new-{name}", False)
+        assert contents(tmp_path / name) == contents(tmp_path / f"new-{name}")
+        assert not half.exists()
+    nothing = rv.open(own.sft) - rv.open(shutil.copytree(own.sft, tmp_path / "same"))
+    with untouched(tmp_path / "lora"), pytest.raises(rv.MismatchError, match="nothing to export"):
+        nothing.to_lora(tmp_path / "lora", overwrite=True)
+    for file in own.rl.glob("*.safetensors"):
+        nan = {
+            name: stored._replace(data=b"\xff\x7f" + stored.data[2:])
+            for name, stored in read_shard(file).items()
+        }
+        write_shard(file, nan, {"format": "pt"})
+    for name, save in saves.items():
+        with untouched(tmp_path / name), pytest.raises(rv.NonFiniteError):
+            save(donors(own), tmp_path / name, True)
+
+
 def test_a_manifest_cannot_have_other_files_removed(own: Family, tmp_path: Path) -> None:
     """Overwriting believes a manifest only about its own folder."""
     point(own).save(tmp_path / "out")
