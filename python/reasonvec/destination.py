@@ -29,6 +29,34 @@ _VECTOR_FILES = ("vector_config.json", "README.md", "tokenizer.json")
 _OURS = frozenset({STAGES, RENEWED})
 
 
+# What models are loaded with beside their weights: an old one must not stay beside new weights,
+# even where somebody has changed it since.
+_SIDE_FILES = frozenset(
+    {
+        "README.md",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "model.safetensors.index.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "special_tokens_map.json",
+        "spiece.model",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+    }
+)
+
+
+def _is_shard(name: str) -> bool:
+    return Path(name).name == name and name.endswith(".safetensors")
+
+
 def _is_data(name: str) -> bool:
     return name.startswith("vector_model") and ".safetensors" in name
 
@@ -137,14 +165,9 @@ class Destination:
         """The files of an earlier run, by its own account; nothing else is touched."""
         path = self.path
         found = [*path.glob("*.partial"), path / core.journal_name()]
-        found += [path / name for name in self._journalled() if Path(name).name == name]
+        found += [path / name for name in self._journalled() if _is_shard(name)]
         if (path / MANIFEST).is_file():
-            output = read_json(path / MANIFEST).get("output")
-            names = {MANIFEST}
-            if isinstance(output, dict):
-                names |= {str(name) for name in output.get("files", {})}
-                names |= {str(row["file"]) for row in output.get("tensors", {}).values()}
-            found += [path / name for name in sorted(names) if Path(name).name == name]
+            found += [path / MANIFEST, *self._recorded()]
         if (path / "vector_config.json").is_file():
             found += [p for p in path.iterdir() if p.name in _VECTOR_FILES or _is_data(p.name)]
         elif self._begun() or self._is_adapter():
@@ -153,6 +176,33 @@ class Destination:
             if folder.is_dir() and not folder.is_symlink():
                 found += folder.rglob("*") if folder.name == STAGES else folder.iterdir()
         return [p for p in dict.fromkeys(found) if p.is_file()]
+
+    def _recorded(self) -> list[Path]:
+        """The files that a manifest says a run wrote here, as far as a run writes such files: the
+        manifest may be a stranger's, and other files of the folder somebody's own."""
+        manifest = read_json(self.path / MANIFEST)
+        output = manifest.get("output")
+        tensors, files = (
+            found if isinstance(output, dict) and isinstance(found := output.get(key), dict) else {}
+            for key in ("tensors", "files")
+        )
+        rows = [row for row in tensors.values() if isinstance(row, dict)]
+        shards = {name for row in rows if isinstance(name := row.get("file"), str)}
+        return [
+            *(self.path / name for name in sorted(shards) if _is_shard(name)),
+            *(
+                self.path / name
+                for name, digest in sorted(files.items())
+                if Path(name).name == name
+                and (name in _SIDE_FILES or self._is_copy(name, digest, manifest.get("digest")))
+            ),
+        ]
+
+    def _is_copy(self, name: str, digest: object, algorithm: object) -> bool:
+        """Whether a file is to the byte the one that the run wrote."""
+        path = self.path / name
+        known = algorithm in ("xxh3-128", "blake3") and isinstance(digest, str)
+        return known and path.is_file() and core.digest_file(path, str(algorithm)) == digest
 
     def _journalled(self) -> list[str]:
         """The files that an unfinished run has begun, and perhaps given their final names."""

@@ -684,6 +684,52 @@ def test_a_manifest_cannot_have_other_files_removed(own: Family, tmp_path: Path)
     assert (tmp_path / "precious").read_text() == "mine"
 
 
+def test_a_strangers_manifest_removes_nothing_that_no_run_writes(
+    own: Family, tmp_path: Path
+) -> None:
+    """Files that only the record names stay, unless they are the bytes that the record says."""
+    (own.instruct / "LICENSE").write_text("a target's own")
+    (own.instruct / "NOTICE").write_text("a target's own")
+    out = tmp_path / "out"
+    point(own).save(out)
+    (out / "NOTICE").write_text("changed since")
+    (out / "thesis.txt").write_text("mine")
+    manifest = json.loads((out / "reasonvec.json").read_text())
+    manifest["output"]["files"]["thesis.txt"] = "00"
+    manifest["output"]["tensors"]["a"] = {"file": "thesis.txt"}
+    (out / "reasonvec.json").write_text(json.dumps(manifest))
+    (own.instruct / "LICENSE").unlink()
+    (own.instruct / "NOTICE").unlink()
+    point(own).save(out, overwrite=True)
+    assert (out / "thesis.txt").read_text() == "mine"
+    assert (out / "NOTICE").read_text() == "changed since"
+    assert not (out / "LICENSE").exists()
+
+
+@pytest.mark.parametrize(
+    "output",
+    [None, 3, {"tensors": [1], "files": 2}, {"tensors": {"a": {}, "b": 1, "c": {"file": [1]}}}],
+)
+def test_an_odd_manifest_is_overwritten(own: Family, tmp_path: Path, output: object) -> None:
+    point(own).save(tmp_path / "out")
+    record = tmp_path / "out" / "reasonvec.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"output": output}))
+    point(own).save(tmp_path / "out", overwrite=True)
+    point(own).save(tmp_path / "new")
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
+@pytest.mark.parametrize("key", ["norm", "max", "max_at"])
+def test_a_manifest_without_a_figure_is_damaged(own: Family, tmp_path: Path, key: str) -> None:
+    donors(own).save(tmp_path / "reason")
+    path = tmp_path / "reason" / "vector_config.json"
+    config = json.loads(path.read_text())
+    del config["tensors"][1][key]
+    path.write_text(json.dumps(config))
+    with pytest.raises(rv.FormatError, match=f"{config['tensors'][1]['name']}.*{key}"):
+        rv.load(tmp_path / "reason").inspect()
+
+
 # Damage
 
 
