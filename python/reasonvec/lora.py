@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -396,7 +396,7 @@ def _config(
     # The rank of experts cannot be said by name: PEFT's own names for them are others.
     stacked = [report.ranks[module] for module in experts if module in report.ranks]
     common = Counter(stacked or report.ranks.values()).most_common(1)[0][0]
-    others = {prefix + m: r for m, r in report.ranks.items() if r != common}
+    others = _patterns(report.ranks, common, prefix)
     return {
         "peft_type": "LORA",
         "task_type": _task(model),
@@ -416,6 +416,29 @@ def _config(
         "rank_pattern": others,
         "alpha_pattern": others,
     }
+
+
+def _patterns(ranks: Mapping[str, int], common: int, prefix: str) -> dict[str, int]:
+    """The ranks of modules that have another than most, by name. PEFT takes a key for a regular
+    expression of how a name ends, so where the end of another module's name is the same, the key is
+    tied to the beginning."""
+    unlike = {
+        end
+        for module, rank in ranks.items()
+        for end in _ends(prefix + module)
+        if ranks.get(end.removeprefix(prefix), rank) != rank
+    }
+    return {
+        f"^{re.escape(name)}" if (name := prefix + module) in unlike else name: rank
+        for module, rank in ranks.items()
+        if rank != common
+    }
+
+
+def _ends(name: str) -> Iterator[str]:
+    """What is left of a module's name without the first parts of it."""
+    while name := name.partition(".")[2]:
+        yield name
 
 
 def _targets(

@@ -521,6 +521,53 @@ def test_the_commands(family: Family, tmp_path: Path) -> None:
     assert CliRunner().invoke(main, command).exit_code == 2
 
 
+@pytest.mark.models
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_is_not_taken_for_another_that_ends_alike(tmp_path: Path) -> None:
+    """Ranks by name, where one module's name is the end of another's."""
+    peft = pytest.importorskip("peft")
+    import torch
+
+    def linear() -> torch.nn.Module:
+        return torch.nn.ModuleDict({"q_proj": torch.nn.Linear(16, 16, bias=False)})
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([linear(), linear()])
+            self.vision = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([linear()])})
+
+    generator = np.random.default_rng(0)
+    ranks = {"layers.0.q_proj": 3, "layers.1.q_proj": 5, "vision.layers.0.q_proj": 5}
+    zeros, moved = {}, {}
+    for module, rank in ranks.items():
+        product = generator.normal(size=(16, rank)) @ generator.normal(size=(rank, 16))
+        bits = product.astype(np.float32).view(np.uint32)
+        moved[f"{module}.weight"] = (bits, "F32", (16, 16))
+        zeros[f"{module}.weight"] = (np.zeros_like(bits), "F32", (16, 16))
+    for name, tensors in (("zeros", zeros), ("moved", moved)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        write(tmp_path / name / "model.safetensors", tensors)
+    base = rv.open(tmp_path / "zeros")
+    report = (rv.open(tmp_path / "moved") - base).to_lora(tmp_path / "lora", rank=0.999999)
+    assert report.ranks == ranks
+    found = rv.adapter(tmp_path / "lora", base)
+    (base + found).save(tmp_path / "out")
+    model = Model()
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    merged = peft.PeftModel.from_pretrained(model, tmp_path / "lora").merge_and_unload()
+    for module in ranks:
+        name = f"{module}.weight"
+        expected = moved[name][0].view(np.float32)
+        ours = rv.open(tmp_path / "out").torch(name).numpy()
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
+        np.testing.assert_allclose(
+            merged.get_submodule(module).weight.detach().numpy(), expected, atol=1e-4
+        )
+
+
 MIXTURES = {
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": (
