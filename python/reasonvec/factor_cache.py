@@ -26,7 +26,7 @@ from reasonvec.json_values import Json
 from reasonvec.matrices import point_matrices
 from reasonvec.names import kind_of
 from reasonvec.run import RunOptions, settings, steps
-from reasonvec.svd import Svd, svd
+from reasonvec.svd import Svd, check_seed, rank_rule, svd
 
 if TYPE_CHECKING:
     import numpy as np
@@ -212,9 +212,8 @@ def write_factors(
     if model.vector.terms:
         message = f"{model}: factors are those of a checkpoint; save the sum first"
         raise MismatchError(message)
-    if rank < 1:
-        message = f"rank is a number of triplets from 1 on, not {rank}"
-        raise ValueError(message)
+    rule = rank_rule(rank)
+    check_seed(seed)
     file = Path(path)
     kept = _Kept(file)
     folder = model.base.path
@@ -258,7 +257,7 @@ def write_factors(
                 made = svd(
                     matrices.plan(name, None),
                     matrices.operands,
-                    rule={"fixed": rank},
+                    rule=rule,
                     which=side,
                     seed=seed,
                     options=run,
