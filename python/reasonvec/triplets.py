@@ -75,8 +75,11 @@ def leading(
 
     A sum of low-rank parts whose ranks together are less than a side has is taken apart from the
     factors side by side, by QR and a small SVD; the matrix is never made. There ``"auto"`` keeps
-    all but rounding, since no noise of storage is in it.
+    all but rounding, since no noise of storage is in it. A single row or column is kept whole by
+    ``"auto"``: random signs leave its one singular value as it is, so nothing tells it from noise.
     """
+    if rank == "auto" and min(shape[-2:]) == 1:
+        rank = 1
     found = _side_by_side(terms, operands, number)
     rows, columns = shape[-2:]
     if found is not None and found[1].shape[0] <= min(rows, columns):

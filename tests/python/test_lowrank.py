@@ -202,6 +202,28 @@ def test_a_rank_that_saves_nothing_leaves_the_matrix_exact(
     assert report.residual == 0
 
 
+@pytest.mark.parametrize("shape", [(1, 64), (64, 1)])
+def test_a_single_row_is_not_taken_for_noise(tmp_path: Path, shape: tuple[int, int]) -> None:
+    """Random signs leave its norm alone: compressing keeps it exactly, an adapter with rank 1."""
+    generator = np.random.default_rng(7)
+    names = [f"model.layers.{i}.mlp.gate.weight" for i in range(12)]
+    names += [f"model.layers.{i}.mlp.down_proj.weight" for i in range(12)]
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text("{}")
+        tensors = {n: (bits_of(generator, 64, "BF16"), cast(Dtype, "BF16"), shape) for n in names}
+        write(tmp_path / folder / "model.safetensors", tensors)
+    vector = rv.open(tmp_path / "b") - rv.open(tmp_path / "a")
+    low = vector.compress(tmp_path / "low")
+    assert {row.encoding for row in low.rows} <= {"dense", "sparse"}
+    kept = {name: hi for name, (hi, _, _) in page_reader()(tmp_path / "low").items()}
+    assert kept.keys() == set(names)
+    np.testing.assert_equal(kept, exact(vector, tmp_path))
+    ranks = vector.to_lora(tmp_path / "lora").ranks
+    assert set(ranks.values()) == {1}
+    assert len(ranks) >= 12
+
+
 def test_sums_of_low_rank_vectors_keep_the_sum_of_their_ranks(
     reason: rv.Vector, family: Family, tmp_path: Path
 ) -> None:
