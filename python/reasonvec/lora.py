@@ -26,7 +26,7 @@ from reasonvec.compat.class_prefix import class_prefix
 from reasonvec.compat.experts import ADAPTABLE, layout_of
 from reasonvec.compat.layout import FLOATS, Layout
 from reasonvec.destination import Destination, write_json
-from reasonvec.errors import MismatchError
+from reasonvec.errors import MismatchError, NonFiniteError
 from reasonvec.factor_file import FactorFile, single
 from reasonvec.json_values import Json
 from reasonvec.lowrank import FactorsPlan, has_factors, plan_factors, summed
@@ -188,6 +188,9 @@ def _write(
                 root = np.sqrt(found.s)
                 b = (found.u * root).astype(np.float32)
                 a = (root[:, None] * found.v).astype(np.float32)
+                if not (np.isfinite(a).all() and np.isfinite(b).all()):
+                    message = f"{tensor.name}: its factors are beyond float32, which adapters have"
+                    raise NonFiniteError(message)
                 if flipped:
                     b, a = a.T, b.T
                 into = stacked if module in experts else file

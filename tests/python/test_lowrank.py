@@ -543,6 +543,32 @@ def test_the_commands(family: Family, tmp_path: Path) -> None:
     assert CliRunner().invoke(main, command).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("number", "said"), [(np.nan, "NaN"), (1e60, "beyond float32"), (np.inf, "infinity")]
+)
+def test_factors_that_are_no_numbers_make_no_adapter(
+    family: Family, tmp_path: Path, number: float, said: str
+) -> None:
+    """Nothing is written, and what is to blame is named."""
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{module}.lora_A.weight": np.ones((2, 64)),
+        f"{module}.lora_B.weight": np.full((64, 2), number),
+    }
+    folder = adapter_folder(tmp_path / "a", family.sft, tensors=tensors)
+    vector = rv.adapter(folder, rv.open(family.sft))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with pytest.raises(rv.NonFiniteError, match=f"{name}.*{said}|{said}.*{name}"):
+        vector.compress(tmp_path / "low", rank=1)
+    with pytest.raises(rv.NonFiniteError, match=name):
+        vector.to_lora(tmp_path / "lora", rank=1)
+    assert not list((tmp_path / "lora").glob("*"))
+    if not np.isfinite(number):
+        file = re.escape(str(folder / "adapter_model.safetensors"))
+        with pytest.raises(rv.NonFiniteError, match=rf"^{file}: tensor {name}"):
+            from_lora(vector, tmp_path / "back")
+
+
 @pytest.mark.models
 @pytest.mark.filterwarnings("ignore")
 def test_a_module_is_not_taken_for_another_that_ends_alike(tmp_path: Path) -> None:
