@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 from reasonvec.adapter import AdapterFolder
 from reasonvec.compat.problem import Problem, Severity, shorten
@@ -17,7 +18,8 @@ MERGE = (
 )
 _PLAIN = "write the modules' names instead"
 _LONGEST_PATTERN = 500
-_MOST_REPEATS = 3
+_MOST_GROUPS = 2
+_MOST_CHOICES = 20
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # Keys of adapter_config.json under which the weights are no longer base + scale * B @ A.
@@ -145,8 +147,8 @@ def _pattern(
             problems.append(adapter.problem(message))
             return None
         try:
-            fits = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as error:
+            fits = _compiled(pattern).match(module)
+        except (re.error, OverflowError) as error:
             message = f"{key} has the expression {shorten(pattern)}: {error}; {_PLAIN}"
             problems.append(adapter.problem(message))
             return None
@@ -162,8 +164,19 @@ def _pattern(
     return float(str(value))
 
 
+@lru_cache(maxsize=1 << 14)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
 def _may_never_end(pattern: str) -> bool:
-    """Whether a stranger's expression could take for ever: a repeated group, or many repeats."""
-    repeats = len(re.findall(r"[*+{]", pattern))
-    repeated_group = re.search(r"\)[*+{]", pattern) is not None
-    return len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or repeated_group
+    """Whether a stranger's expression could take for ever, on names of the length that is read:
+    more than one repeat, a repeated group, or choices that multiply."""
+    bare = re.sub(r"\\.", "", pattern, flags=re.DOTALL).replace("(?:", "(")
+    return (
+        len(pattern) > _LONGEST_PATTERN
+        or len(re.findall(r"[*+?{]", bare)) > 1
+        or re.search(r"\)[*+{]", bare) is not None
+        or bare.count("(") > _MOST_GROUPS
+        or ("(" in bare and bare.count("|") > _MOST_CHOICES)
+    )

@@ -35,6 +35,9 @@ _UNTIE = (
     "give the base a head of its own (tie_word_embeddings false, lm_head.weight stored), train "
     "with ensure_weight_tying, or leave the tensor out with --exclude"
 )
+# Longer than any model's, and short enough for what is matched against them.
+_LONGEST_NAME = 500
+_MOST_PARTS = 64
 # Parts of an adapter's file that say the same, whatever its config says.
 _OTHER_PARTS: dict[str, str] = {
     "lora_magnitude_vector": UNREADABLE["use_dora"],
@@ -152,6 +155,9 @@ class _Fitting:
         names = _Names.of([*modules, *(module for module, _ in saved)], self.base)
         orientation = self._orientation(modules, names)
         for module, parts in modules.items():
+            if names.stored(module, "weight") is None:
+                self.problems.append(_missing(self.adapter, module, "weight", self.base))
+                continue
             scale = scale_of(self.adapter, module, parts.rank, self.problems)
             if scale is None:
                 continue
@@ -184,12 +190,25 @@ class _Fitting:
     def _refuse(self, message: str, tensor: str | None = None) -> None:
         self.problems.append(self.adapter.problem(message, tensor))
 
+    def _refuse_twice(self, first: str | None, second: str) -> None:
+        if first is not None:
+            message = f"is the same part as {first}, and nothing tells which holds: remove one"
+            self._refuse(message, second)
+
     def _modules(self) -> tuple[dict[str, _Parts], dict[tuple[str, str], str]]:
         """The factors by module, and the tensors that are saved whole by module and leaf."""
         roles: dict[str, dict[str, str]] = {}
         saved: dict[tuple[str, str], str] = {}
         for entry, info in self.adapter.tensors.items():
             name = entry.removeprefix("base_model.model.")
+            if len(name) > _LONGEST_NAME or name.count(".") > _MOST_PARTS:
+                message = (
+                    f"{shorten(entry)}: expected a tensor's name of at most {_LONGEST_NAME} "
+                    f"characters and {_MOST_PARTS} dots, found {len(name)} and {name.count('.')}; "
+                    "no model has such a module"
+                )
+                self._refuse(message)
+                continue
             if info.dtype not in FLOATS:
                 message = f"is {info.dtype}; factors must be floats: dequantise the adapter first"
                 self._refuse(message, entry)
@@ -199,7 +218,9 @@ class _Fitting:
                 role = found["embedding"] or found["role"]
                 if found["leaf"] == "bias":
                     role += ".bias"
-                roles.setdefault(found["module"], {})[role] = entry
+                known = roles.setdefault(found["module"], {})
+                self._refuse_twice(known.get(role), entry)
+                known[role] = entry
                 continue
             why = next((why for sign, why in _OTHER_PARTS.items() if sign in name), None)
             if why is not None or "lora_" in name:
@@ -209,6 +230,7 @@ class _Fitting:
             plain = name.replace(".base_layer.", ".")
             plain = re.sub(r"\.modules_to_save(?:\.default)?\.", ".", plain)
             module, _, leaf = plain.rpartition(".")
+            self._refuse_twice(saved.get((module, leaf)), entry)
             saved[module, leaf] = entry
         modules = {}
         for module, parts in roles.items():

@@ -227,7 +227,7 @@ class Vector(Decomposable):
         self, path: str | PathLike[str], **options: Unpack[CompressOptions]
     ) -> CompressReport:
         """Write the vector as a folder with every matrix as the product of two thin ones; what has
-        no rank to cut (biases, norms, embeddings, head) is kept exactly.
+        no rank to cut (biases, norms, embeddings, head, single rows) is kept exactly.
 
         Raises:
             MismatchError: the parts do not fit together, or ``rank`` is no rank.

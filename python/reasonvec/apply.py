@@ -65,7 +65,9 @@ class SaveOptions(RunOptions, total=False):
     resume: bool
     """Continue an unfinished run in the folder."""
     overwrite: bool
-    """Replace an earlier output of reasonvec in the folder."""
+    """Replace an earlier output of reasonvec in the folder. It goes when the new one has been
+    planned without a problem; a run that fails after that (NaN, damage, the disk) does not bring it
+    back."""
     allow_nonfinite: bool
     """Let NaN and infinity pass."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from reasonvec import _reasonvec as core
@@ -18,11 +19,42 @@ MANIFEST = "reasonvec.json"
 UNDO = "reasonvec_undo"
 # What a run writes for itself, and takes away at its end.
 STAGES = ".reasonvec-stages"
+# Where an output grows while the one that it replaces still stands.
+RENEWED = ".reasonvec-renewed"
 # Where transformers keeps a chat template: a field of the one, or the other.
 TEMPLATES = frozenset({"tokenizer_config.json", "chat_template.jinja"})
 _SIGNS = (MANIFEST, "vector_config.json")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 _VECTOR_FILES = ("vector_config.json", "README.md", "tokenizer.json")
+_OURS = frozenset({STAGES, RENEWED})
+
+
+# What models are loaded with beside their weights: an old one must not stay beside new weights,
+# even where somebody has changed it since.
+_SIDE_FILES = frozenset(
+    {
+        "README.md",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "model.safetensors.index.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "special_tokens_map.json",
+        "spiece.model",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+    }
+)
+
+
+def _is_shard(name: str) -> bool:
+    return Path(name).name == name and name.endswith(".safetensors")
 
 
 def _is_data(name: str) -> bool:
@@ -91,7 +123,7 @@ class Destination:
             return None
         if not path.is_dir():
             return f"{path}: is a file; name a folder"
-        if all(inside.name == STAGES for inside in path.iterdir()):
+        if not self._names():
             return None
         if self.unfinished:
             if resume or overwrite:
@@ -112,14 +144,18 @@ class Destination:
             f"{path}: is not empty; name another folder, or replace what is there with --overwrite"
         )
 
+    def _names(self) -> set[str]:
+        """What is in the folder, but for what runs take away at their end."""
+        return {path.name for path in self.path.iterdir()} - _OURS
+
     def _begun(self) -> bool:
         """Whether all that is here is a vector that was killed before it had its manifest."""
-        names = [path.name for path in self.path.iterdir() if path.name != "tokenizer.json"]
+        names = self._names() - {"tokenizer.json"}
         return bool(names) and all(name.endswith(".partial") or _is_data(name) for name in names)
 
     def _is_adapter(self) -> bool:
         """Whether all that is here is an adapter that was made of a vector."""
-        names = {path.name for path in self.path.iterdir()}
+        names = self._names()
         if "adapter_model.safetensors" not in names or not names <= set(_ADAPTER_FILES):
             return False
         weights = core.Checkpoint(self.path / "adapter_model.safetensors")
@@ -129,23 +165,44 @@ class Destination:
         """The files of an earlier run, by its own account; nothing else is touched."""
         path = self.path
         found = [*path.glob("*.partial"), path / core.journal_name()]
-        found += [path / name for name in self._journalled() if Path(name).name == name]
+        found += [path / name for name in self._journalled() if _is_shard(name)]
         if (path / MANIFEST).is_file():
-            output = read_json(path / MANIFEST).get("output")
-            names = {MANIFEST}
-            if isinstance(output, dict):
-                names |= {str(name) for name in output.get("files", {})}
-                names |= {str(row["file"]) for row in output.get("tensors", {}).values()}
-            found += [path / name for name in sorted(names) if Path(name).name == name]
+            found += [path / MANIFEST, *self._recorded()]
         if (path / "vector_config.json").is_file():
             found += [p for p in path.iterdir() if p.name in _VECTOR_FILES or _is_data(p.name)]
         elif self._begun() or self._is_adapter():
             found += path.iterdir()
-        if (path / UNDO).is_dir():
-            found += [p for p in (path / UNDO).iterdir() if p.is_file()]
-        if (path / STAGES).is_dir():
-            found += (path / STAGES).rglob("*")
+        for folder in (path / UNDO, path / RENEWED, path / STAGES):
+            if folder.is_dir() and not folder.is_symlink():
+                found += folder.rglob("*") if folder.name == STAGES else folder.iterdir()
         return [p for p in dict.fromkeys(found) if p.is_file()]
+
+    def _recorded(self) -> list[Path]:
+        """The files that a manifest says a run wrote here, as far as a run writes such files: the
+        manifest may be a stranger's, and other files of the folder somebody's own."""
+        manifest = read_json(self.path / MANIFEST)
+        output = manifest.get("output")
+        tensors, files = (
+            found if isinstance(output, dict) and isinstance(found := output.get(key), dict) else {}
+            for key in ("tensors", "files")
+        )
+        rows = [row for row in tensors.values() if isinstance(row, dict)]
+        shards = {name for row in rows if isinstance(name := row.get("file"), str)}
+        return [
+            *(self.path / name for name in sorted(shards) if _is_shard(name)),
+            *(
+                self.path / name
+                for name, digest in sorted(files.items())
+                if Path(name).name == name
+                and (name in _SIDE_FILES or self._is_copy(name, digest, manifest.get("digest")))
+            ),
+        ]
+
+    def _is_copy(self, name: str, digest: object, algorithm: object) -> bool:
+        """Whether a file is to the byte the one that the run wrote."""
+        path = self.path / name
+        known = algorithm in ("xxh3-128", "blake3") and isinstance(digest, str)
+        return known and path.is_file() and core.digest_file(path, str(algorithm)) == digest
 
     def _journalled(self) -> list[str]:
         """The files that an unfinished run has begun, and perhaps given their final names."""
@@ -177,8 +234,58 @@ class Destination:
 
     def prepare(self) -> None:
         """Make the folder, and remove what is to be replaced: the manifest first, so that a folder
-        that is half removed does not look whole."""
+        that is half removed does not look whole.
+
+        For outputs that grow in their place, shard by shard, and can be resumed: checkpoints, which
+        two of may not fit on a disk. Whatever headers can tell must have been told before. What is
+        left to fail then, with the old output gone, is what only the bytes tell (NaN, damage) and
+        the disk.
+        """
         self.check()
         self.path.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.stale, key=lambda p: (p.name not in _SIGNS, p.name)):
             path.unlink()
+
+    @contextmanager
+    def renewed(self, sign: str) -> Iterator[Path]:
+        """The folder to write an output into that is small and made in one go: a vector, an
+        adapter. An older one in its place is removed only when the block has ended well; after an
+        error it stands as it was. ``sign`` is the file without which the folder is no output.
+        """
+        self.check()
+        folder = self.path / RENEWED
+        if not any((self.path / name).is_file() for name in (*_SIGNS, *_ADAPTER_FILES)):
+            self.prepare()
+            _remove(folder)
+            yield self.path
+            return
+        # What a run that was killed has left, or a stranger's link.
+        _remove(folder)
+        folder.mkdir()
+        try:
+            yield folder
+        except BaseException:
+            _remove(folder)
+            raise
+
+        # Whoever kills this leaves data without a sign, which is known for what it is as long as no
+        # card is beside it.
+        def order(path: Path) -> tuple[bool, bool, str]:
+            return path.name == "README.md", path.name == sign, path.name
+
+        stale = [path for path in self.stale if path.parent != folder]
+        for path in sorted(stale, key=lambda p: (p.name != "README.md", p.name not in _SIGNS)):
+            path.unlink(missing_ok=True)
+        for path in sorted(folder.iterdir(), key=order):
+            path.replace(self.path / path.name)
+        folder.rmdir()
+
+
+def _remove(folder: Path) -> None:
+    """A folder of files, with what is in it."""
+    if folder.is_dir() and not folder.is_symlink():
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+    else:
+        folder.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -15,7 +16,7 @@ from reasonvec.algebra import Adapter, Difference, Vector
 from reasonvec.compat.problem import Problem, demand
 from reasonvec.destination import Destination, relative
 from reasonvec.errors import MismatchError
-from reasonvec.folders import CheckpointFolder
+from reasonvec.folders import VECTOR_CONFIG, CheckpointFolder
 from reasonvec.json_values import Json, read_json
 from reasonvec.names import kind_of
 from reasonvec.run import DigestName, RunOptions, settings
@@ -38,7 +39,8 @@ class ExtractOptions(RunOptions, total=False):
     sync: bool
     """Whether files are flushed to the disk before they get their final names (default True)."""
     overwrite: bool
-    """Replace an earlier output of reasonvec in the folder."""
+    """Replace an earlier output of reasonvec in the folder. It stands until the new one is whole:
+    there must be room for both."""
     allow_nonfinite: bool
     """Let NaN and infinity pass."""
 
@@ -159,14 +161,14 @@ def write_vector(
     *,
     checked: bool = True,
     card: bool = True,
-    destination: bool = True,
+    place: Path | None = None,
     factors: tuple[Path, Mapping[str, list[str]]] | None = None,
     config: Json | None = None,
 ) -> ExtractReport:
     """`extract`, for callers inside the package that know that the donors fit (``checked``), want
-    no README.md (``card``), made the folder themselves (``destination``), store factors in place
-    of some tensors (``factors``: a safetensors file, and the names of u, s and v in it, none for a
-    rank of zero), or have more to say in the manifest (``config``)."""
+    no README.md (``card``), made the folder themselves (``place``, which will be ``out`` in the
+    end), store factors in place of some tensors (``factors``: a safetensors file, and the names of
+    u, s and v in it, none for a rank of zero), or have more to say in the manifest (``config``)."""
     if not vector.terms:
         message = "an empty vector (a point minus itself) has nothing to save"
         raise MismatchError(message)
@@ -174,8 +176,7 @@ def write_vector(
     first = leaf_layout(vector.terms[0].leaf)
     tensors, problems = sum_terms(vector, first, operands, checked=checked)
     demand(problems)
-    if destination:
-        Destination(out, operands.folders, overwrite=options.get("overwrite", False)).prepare()
+    where = nullcontext(place) if place is not None else _renewed(out, operands, options)
     plain = len(vector.terms) == 1 and isinstance(vector.terms[0].leaf, Difference)
     tested = plain and all(_is_plain(term) for tensor in tensors.values() for term in tensor.terms)
     tested = tested and factors is None
@@ -185,37 +186,47 @@ def write_vector(
         for name, names in factors[1].items():
             entries[name] = {"factors": [operands.ref(parts, entry) for entry in names]}
     folder = _config_folder(vector)
-    plan: Json = {
-        "out": str(out),
-        "digest": options.get("digest", "xxh3-128"),
-        "encoding": options.get("encoding", "auto"),
-        "shard_bytes": options.get("shard_bytes", 5_000_000_000),
-        "allow_nonfinite": options.get("allow_nonfinite", False),
-        "tensors": [t.as_json() | entries.get(t.name, {}) for t in tensors.values()],
-        "config": {
-            **(config or {}),
-            "recipe": str(vector),
-            "tested": tested,
-            "donors": _donors(vector, out),
-            "config": dict(first.config),
-        },
-    } | settings(options, sync=options.get("sync", True))
-    sync = options.get("sync", True)
-    # The manifest comes last, and without the tokens nobody could tell what the rows are.
-    if (folder / "tokenizer.json").is_file():
-        core.copy_whole(folder / "tokenizer.json", out / "tokenizer.json", sync)
-    try:
-        rows = json.loads(core.extract(json.dumps(plan), operands.handles, options.get("progress")))
-    except BaseException:
-        (out / "tokenizer.json").unlink(missing_ok=True)
-        raise
-    if card:
-        from reasonvec.card import vector_card
+    with where as made:
+        plan: Json = {
+            "out": str(made),
+            "digest": options.get("digest", "xxh3-128"),
+            "encoding": options.get("encoding", "auto"),
+            "shard_bytes": options.get("shard_bytes", 5_000_000_000),
+            "allow_nonfinite": options.get("allow_nonfinite", False),
+            "tensors": [t.as_json() | entries.get(t.name, {}) for t in tensors.values()],
+            "config": {
+                **(config or {}),
+                "recipe": str(vector),
+                "tested": tested,
+                "donors": _donors(vector, out),
+                "config": dict(first.config),
+            },
+        } | settings(options, sync=options.get("sync", True))
+        sync = options.get("sync", True)
+        # The manifest comes last, and without the tokens nobody could tell what the rows are.
+        if (folder / "tokenizer.json").is_file():
+            core.copy_whole(folder / "tokenizer.json", made / "tokenizer.json", sync)
+        try:
+            rows = json.loads(
+                core.extract(json.dumps(plan), operands.handles, options.get("progress"))
+            )
+        except BaseException:
+            (made / "tokenizer.json").unlink(missing_ok=True)
+            raise
+        if card:
+            from reasonvec.card import vector_card
 
-        text = vector_card(read_json(out / "vector_config.json"))
-        core.write_whole(out / "README.md", text.encode(), sync)
+            text = vector_card(read_json(made / VECTOR_CONFIG))
+            core.write_whole(made / "README.md", text.encode(), sync)
     warnings = [problem for problem in problems if problem.severity == "warning"]
     return ExtractReport(out, str(vector), [Row.of(row) for row in rows], tested, warnings)
+
+
+def _renewed(
+    out: Path, operands: Operands, options: ExtractOptions
+) -> AbstractContextManager[Path]:
+    destination = Destination(out, operands.folders, overwrite=options.get("overwrite", False))
+    return destination.renewed(VECTOR_CONFIG)
 
 
 def _is_plain(term: Json) -> bool:

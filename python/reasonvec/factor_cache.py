@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Literal, TypeAlias, Unpack, cast
 
 from reasonvec import _reasonvec as core
 from reasonvec._reasonvec import Checkpoint as CoreCheckpoint
@@ -26,10 +26,14 @@ from reasonvec.json_values import Json
 from reasonvec.matrices import point_matrices
 from reasonvec.names import kind_of
 from reasonvec.run import RunOptions, settings, steps
-from reasonvec.svd import svd
+from reasonvec.svd import Svd, check_seed, rank_rule, svd
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
+
+    Single: TypeAlias = NDArray[np.float32]
 
 __all__ = ["Factors", "Which", "factors", "write_factors"]
 
@@ -37,6 +41,8 @@ Which: TypeAlias = Literal["top", "bottom", "both"]
 Side: TypeAlias = Literal["top", "bottom"]
 _FORMAT = "reasonvec-factors-1"
 _PARTS = ("u", "s", "vt")
+_SIDES: tuple[Side, ...] = ("top", "bottom")
+_EVERY_PART = frozenset(f"{side}.{part}" for side in _SIDES for part in _PARTS)
 # Embeddings, heads and norms are nobody's adapters.
 _NOT = frozenset({"embed", "lm_head", "norm", "router"})
 
@@ -149,6 +155,12 @@ def factors(path: str | os.PathLike[str], model: Point | None = None) -> Factors
             message = f"{file}: is no factor file; make one with `reasonvec factors MODEL -o FILE`"
             raise FormatError(message) from None
     found = Factors(file, CoreCheckpoint(file), rows)
+    entries = {name for name, _, _, _ in found.handle.tensors()}
+    for name, row in rows.items():
+        for part in cast("list[str]", row["parts"]):
+            if f"{name}:{part}" not in entries:
+                message = f"{file}: says that it has {name}:{part}, and has not: it is damaged"
+                raise FormatError(message)
     if model is not None:
         found.check(model)
     return found
@@ -168,9 +180,14 @@ def write_factors(
 ) -> Factors:
     """Write the leading or trailing singular triplets of a checkpoint's matrices.
 
-    What a file of that name already has is kept: factors of the same rank and seed, by the digest
-    of the tensor that they were made from, under whatever name that was. So running it again on the
-    same model reads its tensors once and computes nothing.
+    What a file of that name already has of this model is kept, by the digest of the tensor that it
+    was made from, under whatever name that was: factors of the same rank and seed are not made
+    again, the other side stays beside the one that is made, if it has the same rank, and so do
+    tensors that ``include`` and ``exclude`` leave out, at the rank that they have. So running it
+    again on the same model reads its tensors once and computes nothing. Factors of other tensors
+    than the model's go.
+
+    A matrix of lower rank than ``rank`` has zeros in place of the triplets that it lacks.
 
     Args:
         model: a checkpoint without vectors.
@@ -185,60 +202,86 @@ def write_factors(
 
     Raises:
         FormatError: there is a file of that name which is no factor file.
-        MismatchError: the model has vectors added, or nothing is left to factor.
+        MismatchError: the model has vectors added, nothing is left to factor, or the file would lie
+            in the model's folder.
         NonFiniteError: NaN or infinity in a matrix.
         OSError: a file cannot be read or written.
     """
-    from reasonvec.factor_file import FactorFile, single
+    from reasonvec.factor_file import FactorFile
 
     if model.vector.terms:
         message = f"{model}: factors are those of a checkpoint; save the sum first"
         raise MismatchError(message)
-    if rank < 1:
-        message = f"rank is a number of triplets from 1 on, not {rank}"
-        raise ValueError(message)
+    rule = rank_rule(rank)
+    check_seed(seed)
     file = Path(path)
     kept = _Kept(file)
+    folder = model.base.path
+    if folder.is_dir() and folder.resolve() in file.resolve().parents:
+        message = f"{file}: lies in the folder of the input {folder}; name a file outside of it"
+        raise MismatchError(message)
     matrices = point_matrices(model)
     names = _selected(model.base, matrices.shapes, list(include), list(exclude))
-    sides: tuple[Side, ...] = ("top", "bottom") if which == "both" else (which,)
+    asked: tuple[Side, ...] = ("top", "bottom") if which == "both" else (which,)
+    wanted = set(names)
+    # In the order of the checkpoint, as if all had been asked for at once.
+    names = [n for n, s in matrices.shapes.items() if n in wanted or (n in kept and len(s) == 2)]
     rows: dict[str, Json] = {}
+    sides: dict[str, list[Side]] = {}
     for name, digest in _digests(model, names, options).items():
         m, n = matrices.shapes[name]
-        rows[name] = {
-            "digest": digest,
-            "rank": min(rank, m, n),
-            "shape": [m, n],
-            "seed": seed,
-            "parts": [f"{side}.{part}" for side in sides for part in _PARTS],
-        }
-    metadata = {"format": _FORMAT, "which": which, "tensors": json.dumps(rows)}
-    entries = [f"{name}:{side}.{part}" for name in names for side in sides for part in _PARTS]
-    sizes = [math.prod(matrices.shapes[name]) for name in names for _ in sides]
-    runs = steps(options, sizes)
+        least = min(rank, m, n) if name in wanted else kept.rank(name)
+        row: Json = {"digest": digest, "rank": least, "shape": [m, n], "seed": seed}
+        new = asked if name in wanted else ()
+        # The largest that are there keep their seed, which the smallest do not depend on.
+        if "top" not in new:
+            row["seed"] = kept.seed(row, seed)
+        there = [side for side in _SIDES if side in new or kept.find(row, side) is not None]
+        if there:
+            sides[name] = there
+            rows[name] = row | {"parts": [f"{side}.{part}" for side in there for part in _PARTS]}
+    known = {side for there in sides.values() for side in there}
+    metadata = {
+        "format": _FORMAT,
+        "which": "both" if len(known) > 1 else min(known),
+        "tensors": json.dumps(rows),
+    }
+    each = [(name, side) for name, there in sides.items() for side in there]
+    runs = steps(options, [math.prod(matrices.shapes[name]) for name, _ in each])
+    entries = [f"{name}:{side}.{part}" for name, side in each for part in _PARTS]
     with FactorFile(file, entries, metadata) as out:
-        for name in names:
-            for side in sides:
-                run = next(runs)
-                found = kept.find(rows[name], side)
-                if found is None:
-                    tell(name)
-                    matrix = matrices.plan(name, None)
-                    made = svd(
-                        matrix,
-                        matrices.operands,
-                        rule={"fixed": rank},
-                        which=side,
-                        seed=seed,
-                        options=run,
-                    )
-                    found = (made.u, made.s, made.vt)
-                for part, tensor in zip(_PARTS, found, strict=True):
-                    out.add(f"{name}:{side}.{part}", single(tensor), "F32")
+        for (name, side), run in zip(each, runs, strict=True):
+            found = kept.find(rows[name], side)
+            if found is None:
+                tell(name)
+                made = svd(
+                    matrices.plan(name, None),
+                    matrices.operands,
+                    rule=rule,
+                    which=side,
+                    seed=seed,
+                    options=run,
+                )
+                found = _filled(made, min(rank, *matrices.shapes[name]))
+            for part, values in zip(_PARTS, found, strict=True):
+                out.add(f"{name}:{side}.{part}", values, "F32")
         # Where a file that is open cannot be replaced, the old one must not be.
         kept.close()
         out.finish()
     return factors(file)
+
+
+def _filled(made: Svd, rank: int) -> tuple[Single, Single, Single]:
+    """Triplets with zeros up to a rank: a zero matrix may have none."""
+    from reasonvec.factor_file import single
+
+    u, s, vt = single(made.u), single(made.s), single(made.vt)
+    lack = rank - len(s)
+    if lack <= 0:
+        return u, s, vt
+    import numpy as np
+
+    return np.pad(u, ((0, 0), (0, lack))), np.pad(s, (0, lack)), np.pad(vt, ((0, lack), (0, 0)))
 
 
 def _rows(found: dict[str, Json]) -> dict[str, Json]:
@@ -248,15 +291,18 @@ def _rows(found: dict[str, Json]) -> dict[str, Json]:
         KeyError, TypeError: it is something else.
     """
     for row in found.values():
-        if not isinstance(row["digest"], str) or not isinstance(row["rank"], int):
+        if not isinstance(row["digest"], str) or type(row["rank"]) is not int:
             raise TypeError
         if not isinstance(row["parts"], list) or not isinstance(row["shape"], list):
+            raise TypeError
+        if not all(part in _EVERY_PART for part in row["parts"]):
             raise TypeError
     return found
 
 
 class _Kept:
-    """What a factor file had before it is written again, by digest."""
+    """What a factor file had before it is written again, by digest. Somebody may have changed it:
+    what is not as this module writes it is made again."""
 
     def __init__(self, path: Path) -> None:
         self._file = factors(path) if path.exists() else None
@@ -264,7 +310,22 @@ class _Kept:
         for name, row in self._file.rows.items() if self._file is not None else ():
             self._names[row["digest"], row["rank"]] = name
 
-    def find(self, row: Json, side: Side) -> tuple[Tensor, Tensor, Tensor] | None:
+    def __contains__(self, name: str) -> bool:
+        return self._file is not None and name in self._file
+
+    def rank(self, name: str) -> object:
+        """The rank that a tensor's factors had."""
+        return None if self._file is None else self._file.rows[name]["rank"]
+
+    def seed(self, row: Json, default: int) -> object:
+        """The seed of the largest that are there of the tensor that ``row`` is about."""
+        name = self._names.get((row["digest"], row["rank"]))
+        if self._file is None or name is None:
+            return default
+        seed = self._file.rows[name].get("seed")
+        return seed if type(seed) is int else default
+
+    def find(self, row: Json, side: Side) -> tuple[Single, Single, Single] | None:
         """The factors that ``row`` asks for, if they are there."""
         name = self._names.get((row["digest"], row["rank"]))
         if self._file is None or name is None:
@@ -273,9 +334,20 @@ class _Kept:
         # The smallest are exact: no random matrix is in them.
         if old["shape"] != row["shape"] or (side == "top" and old.get("seed") != row["seed"]):
             return None
+        import numpy as np
+
         parts = self._file[name]
-        u, s, vt = (parts.get(f"{side}.{part}") for part in _PARTS)
-        return None if u is None or s is None or vt is None else (u, s, vt)
+        m, n, rank = (int(str(x)) for x in (*cast("list[int]", row["shape"]), row["rank"]))
+        found = []
+        for part, shape in zip(_PARTS, ((m, rank), (rank,), (rank, n)), strict=True):
+            tensor = parts.get(f"{side}.{part}")
+            if tensor is None or tensor.dtype != "F32" or tuple(tensor.shape) != shape:
+                return None
+            values = np.asarray(memoryview(tensor))
+            if not np.isfinite(values).all():
+                return None
+            found.append(values)
+        return found[0], found[1], found[2]
 
     def close(self) -> None:
         self._file = None

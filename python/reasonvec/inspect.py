@@ -7,10 +7,10 @@ from typing import Unpack
 
 from reasonvec.algebra import Vector
 from reasonvec.compat.layout import FLOATS, Layout
-from reasonvec.compat.problem import demand
-from reasonvec.errors import MismatchError
+from reasonvec.compat.problem import demand, shorten
+from reasonvec.errors import FormatError, MismatchError
 from reasonvec.extract import Row
-from reasonvec.folders import CheckpointFolder, VectorFolder
+from reasonvec.folders import VECTOR_CONFIG, CheckpointFolder, VectorFolder
 from reasonvec.inspection import Inspection, TensorMeasure
 from reasonvec.json_values import Json
 from reasonvec.measure import Quantities, measure
@@ -103,11 +103,21 @@ def _donor_paths(vector: Vector) -> dict[str, str]:
     return donors
 
 
+def _missing(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
+
+
 def _from_manifest(folder: VectorFolder) -> Inspection:
     rows = []
     for row in folder.rows:
-        r = Row.of(row)
-        at = row["max_at"]
+        try:
+            r, at = Row.of(row), row["max_at"]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            message = (
+                f"{folder.path / VECTOR_CONFIG}: the row of {shorten(row.get('name'))} is damaged "
+                f"({_missing(error)}); extract the vector again"
+            )
+            raise FormatError(message) from None
         rows.append(
             TensorMeasure(
                 r.name,

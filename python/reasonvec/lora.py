@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from reasonvec.compat.class_prefix import class_prefix
 from reasonvec.compat.experts import ADAPTABLE, layout_of
 from reasonvec.compat.layout import FLOATS, Layout
 from reasonvec.destination import Destination, write_json
-from reasonvec.errors import MismatchError
+from reasonvec.errors import MismatchError, NonFiniteError
 from reasonvec.factor_file import FactorFile, single
 from reasonvec.json_values import Json
 from reasonvec.lowrank import FactorsPlan, has_factors, plan_factors, summed
@@ -63,7 +63,8 @@ class LoraOptions(RunOptions, total=False):
     sync: bool
     """Whether files are flushed to the disk before they get their final names (default True)."""
     overwrite: bool
-    """Replace an earlier output of reasonvec in the folder."""
+    """Replace an earlier output of reasonvec in the folder. It stands until the new one is whole:
+    there must be room for both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,21 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
     rank = options.get("rank", "auto")
     check_rank(rank)
     tensors, operands = summed(vector)
+    destination = Destination(out, operands.folders, overwrite=options.get("overwrite", False))
+    with destination.renewed(ADAPTER_CONFIG) as folder:
+        return _write(vector, tensors, operands, folder, out, options)
+
+
+def _write(
+    vector: Vector,
+    tensors: Mapping[str, Summed],
+    operands: Operands,
+    folder: Path,
+    out: Path,
+    options: LoraOptions,
+) -> LoraReport:
+    """Write it into a folder that will be ``out`` in the end."""
+    rank = options.get("rank", "auto")
     layout = leaf_layout(vector.terms[0].leaf)
     flipped = layout.config.get("model_type") in _CONV1D
     modules = {
@@ -146,7 +162,6 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
     sizes = [elements(tensor.shape) for tensor in tensors.values()]
     parts = steps(options, [sum(sizes), *(4 * elements(m.shape) for m in modules.values())])
     norms = _norms(tensors, operands, next(parts))
-    Destination(out, operands.folders, overwrite=options.get("overwrite", False)).prepare()
     experts, lost = _experts(modules, layout, norms)
     if experts:
         biases_of = (name for name in tensors if name.endswith(".bias"))
@@ -156,10 +171,10 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
     bare = class_prefix(layout)
     place = _PREFIX + (bare or "")
     names = [f"{place}{module}.lora_{part}" for module in modules for part in _PARTS]
-    spool = out / _EXPERTS
+    spool = folder / _EXPERTS
     try:
         with (
-            FactorFile(out / ADAPTER_MODEL, names, _METADATA) as file,
+            FactorFile(folder / ADAPTER_MODEL, names, _METADATA) as file,
             FactorFile(spool, names) as stacked,
         ):
             for (module, tensor), part in zip(modules.items(), parts, strict=True):
@@ -173,6 +188,9 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
                 root = np.sqrt(found.s)
                 b = (found.u * root).astype(np.float32)
                 a = (root[:, None] * found.v).astype(np.float32)
+                if not (np.isfinite(a).all() and np.isfinite(b).all()):
+                    message = f"{tensor.name}: its factors are beyond float32, which adapters have"
+                    raise NonFiniteError(message)
                 if flipped:
                     b, a = a.T, b.T
                 into = stacked if module in experts else file
@@ -207,15 +225,15 @@ def to_lora(vector: Vector, out: Path, options: LoraOptions) -> LoraReport:
         math.sqrt(sum(norm**2 for norm in norms.values())),
         math.sqrt(truncated),
         left_out,
-        (out / ADAPTER_MODEL).stat().st_size,
+        (folder / ADAPTER_MODEL).stat().st_size,
         [_unplaced(layout)] if bare is None else [],
     )
     sync = options.get("sync", True)
     base = options.get("base") or _base_of(vector)
     config = _config(report, bare or "", modules, experts, layout.config, base, flipped=flipped)
-    core.write_whole(out / "README.md", _card(report, base).encode(), sync)
+    core.write_whole(folder / "README.md", _card(report, base).encode(), sync)
     # The config last: a folder without it is no adapter.
-    write_json(out / ADAPTER_CONFIG, config, sync=sync)
+    write_json(folder / ADAPTER_CONFIG, config, sync=sync)
     return report
 
 
@@ -381,7 +399,7 @@ def _config(
     # The rank of experts cannot be said by name: PEFT's own names for them are others.
     stacked = [report.ranks[module] for module in experts if module in report.ranks]
     common = Counter(stacked or report.ranks.values()).most_common(1)[0][0]
-    others = {prefix + m: r for m, r in report.ranks.items() if r != common}
+    others = _patterns(report.ranks, common, prefix)
     return {
         "peft_type": "LORA",
         "task_type": _task(model),
@@ -401,6 +419,29 @@ def _config(
         "rank_pattern": others,
         "alpha_pattern": others,
     }
+
+
+def _patterns(ranks: Mapping[str, int], common: int, prefix: str) -> dict[str, int]:
+    """The ranks of modules that have another than most, by name. PEFT takes a key for a regular
+    expression of how a name ends, so where the end of another module's name is the same, the key is
+    tied to the beginning."""
+    unlike = {
+        end
+        for module, rank in ranks.items()
+        for end in _ends(prefix + module)
+        if ranks.get(end.removeprefix(prefix), rank) != rank
+    }
+    return {
+        f"^{re.escape(name)}" if (name := prefix + module) in unlike else name: rank
+        for module, rank in ranks.items()
+        if rank != common
+    }
+
+
+def _ends(name: str) -> Iterator[str]:
+    """What is left of a module's name without the first parts of it."""
+    while name := name.partition(".")[2]:
+        yield name
 
 
 def _targets(

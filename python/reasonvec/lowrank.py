@@ -16,14 +16,15 @@ from typing import Unpack
 
 import numpy as np
 
-from reasonvec.adapter import AdapterFolder
+from reasonvec.adapter import ADAPTER_MODEL, AdapterFolder
 from reasonvec.algebra import Adapter, Vector
 from reasonvec.compat.layout import FLOATS
 from reasonvec.compat.problem import demand
 from reasonvec.destination import Destination
-from reasonvec.errors import MismatchError
+from reasonvec.errors import MismatchError, NonFiniteError
 from reasonvec.extract import ExtractOptions, ExtractReport, Row, write_vector
 from reasonvec.factor_file import FactorFile, Values
+from reasonvec.folders import VECTOR_CONFIG
 from reasonvec.json_values import Json
 from reasonvec.memory import anonymous_bytes
 from reasonvec.names import is_vocabulary
@@ -253,7 +254,8 @@ def from_lora(adapter: Vector, out: Path, **options: Unpack[ExtractOptions]) -> 
         file.add(f"{tensor.name}:s", np.full(low.rank, low.scale), "F64")
         return [f"{tensor.name}:{role}" for role in ("u", "s", "v")]
 
-    report = _write(adapter, out, options, tensors, operands, factors, {})
+    origin = str(leaf.folder.path / ADAPTER_MODEL)
+    report = _write(adapter, out, options, tensors, operands, factors, {}, origin)
     return CompressReport(report.path, report.recipe, report.rows)
 
 
@@ -301,20 +303,26 @@ def _write(
     operands: Operands,
     factors: Callable[[Summed, FactorFile], list[str] | None],
     config: Json,
+    origin: str | None = None,
 ) -> ExtractReport:
-    Destination(out, operands.folders, overwrite=options.get("overwrite", False)).prepare()
-    path = out / _FACTORS
+    """``origin`` is where the factors come from, for messages."""
+    destination = Destination(out, operands.folders, overwrite=options.get("overwrite", False))
     names = [f"{name}:{role}" for name in tensors for role in ("u", "s", "v")]
     stored: dict[str, list[str]] = {}
-    try:
-        with FactorFile(path, names) as file:
-            for name, tensor in tensors.items():
-                entries = factors(tensor, file)
-                if entries is not None:
-                    stored[name] = entries
-            file.finish(sync=False)
-        return write_vector(
-            vector, out, options, destination=False, factors=(path, stored), config=config
-        )
-    finally:
-        path.unlink(missing_ok=True)
+    with destination.renewed(VECTOR_CONFIG) as place:
+        path = place / _FACTORS
+        try:
+            with FactorFile(path, names) as file:
+                for name, tensor in tensors.items():
+                    entries = factors(tensor, file)
+                    if entries is not None:
+                        stored[name] = entries
+                file.finish(sync=False)
+            return write_vector(
+                vector, out, options, place=place, factors=(path, stored), config=config
+            )
+        except NonFiniteError as error:
+            # The file with the factors is our own, and gone when somebody looks for it.
+            raise NonFiniteError(str(error).replace(str(path), origin or str(vector))) from None
+        finally:
+            path.unlink(missing_ok=True)

@@ -43,6 +43,12 @@ class Matrices:
                 f"{advice.get(len(shape), 'take another tensor')}"
             )
             raise MismatchError(message)
+        if number is not None and not 0 <= number < shape[0]:
+            message = (
+                f"{self.title}: {name} has no matrix {number}; it is a stack of {shape[0]}, "
+                "numbered from 0 on"
+            )
+            raise MismatchError(message)
         return {
             "name": name,
             "shape": list(shape),

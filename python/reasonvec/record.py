@@ -247,7 +247,7 @@ def _store_undo(plan: ApplyPlan, *, sync: bool) -> None:
     for key in ("threads", "memory_budget", "progress"):
         if key in plan.options:
             run[key] = plan.options[key]
-    write_vector(way_back, folder, run, checked=False, card=False, destination=False)
+    write_vector(way_back, folder, run, checked=False, card=False, place=folder)
     if plan.options.get("out_dtype") is not None:
         for file in target.handle.shards():
             path = target.folder / file

@@ -14,6 +14,7 @@ from reasonvec.json_values import Json
 from reasonvec.matrices import Matrices
 from reasonvec.names import kind_of, layer_of
 from reasonvec.run import RunOptions, settings, steps
+from reasonvec.svd import check_seed
 
 __all__ = ["Spectra", "TensorSpectrum", "spectra", "typical"]
 
@@ -114,6 +115,10 @@ def spectra(
 
     A matrix of which more than ``count`` values exceed the floor gives all of its values.
     """
+    check_seed(seed)
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        message = f"count is a number of singular values from 1 on, or None for all, not {count!r}"
+        raise ValueError(message)
     options = {} if options is None else options
     rows = []
     chosen = [(name, number) for name, number in matrices.each() if select(name)]

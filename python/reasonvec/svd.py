@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from reasonvec.spectrum import Spectra
     from reasonvec.terms import Operands
 
-__all__ = ["Decomposable", "Svd", "rank_rule", "recompress", "svd"]
+__all__ = ["Decomposable", "Svd", "check_seed", "rank_rule", "recompress", "svd"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +66,18 @@ def rank_rule(
             return {key: float(share)}
     if rank == "auto":
         return "noise"
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-        message = f"rank is a number of singular values or 'auto', not {rank!r}"
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        message = f"rank is a number of singular values from 1 on, or 'auto', not {rank!r}"
         raise ValueError(message)
-    return {"fixed": rank}
+    # More than a matrix has is all of them, and the core's numbers end somewhere.
+    return {"fixed": min(rank, 1 << 32)}
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError if it is no seed: a number of 64 bits."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        message = f"seed is a whole number from 0 to 2**64 - 1, not {seed!r}"
+        raise ValueError(message)
 
 
 def svd(
@@ -83,6 +91,7 @@ def svd(
     options: RunOptions | None = None,
 ) -> Svd:
     """Singular triplets of the matrix that a `Matrices.plan` names; see `Decomposable.svd`."""
+    check_seed(seed)
     options = {} if options is None else options
     plan = matrix | {"rank": rule, "which": which, "seed": seed, "settings": settings(options)}
     found = core.svd(json.dumps(plan), operands.handles, options.get("progress"), double)
@@ -150,6 +159,7 @@ class Decomposable(ABC):
         Raises:
             MismatchError: there is no such matrix.
             NonFiniteError: NaN or infinity in it.
+            ValueError: a rank, share or seed that makes no sense.
 
         Examples:
             >>> import reasonvec as rv
@@ -173,7 +183,12 @@ class Decomposable(ABC):
         self, *, count: int | None = 64, seed: int = 0, **options: Unpack[RunOptions]
     ) -> Spectra:
         """Leading singular values of every matrix against its noise floor; ``count=None`` for
-        all."""
+        all.
+
+        Raises:
+            NonFiniteError: NaN or infinity in a matrix.
+            ValueError: ``count`` is less than 1, or ``seed`` is none.
+        """
         from reasonvec.spectrum import spectra
 
         return spectra(self._matrices(), count=count, seed=seed, options=options)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from reasonvec import _reasonvec as core
 from reasonvec.adapter import AdapterFolder
-from reasonvec.errors import MismatchError
+from reasonvec.errors import MismatchError, NonFiniteError
 from reasonvec.folders import Folder, VectorFolder
 from reasonvec.json_values import Json
 from reasonvec.run import RunOptions, settings
@@ -74,10 +74,17 @@ def leading(
     ``number`` of a stack [E, rows, columns].
 
     A sum of low-rank parts whose ranks together are less than a side has is taken apart from the
-    factors side by side, by QR and a small SVD; the matrix is never made. There ``"auto"`` keeps
-    all but rounding, since no noise of storage is in it.
+    factors side by side, in float32, by QR and a small SVD; the matrix is never made. There
+    ``"auto"`` keeps all but rounding, since no noise of storage is in it. A single row or column is
+    kept whole by ``"auto"``: random signs leave its one singular value as it is, so nothing tells
+    it from noise.
+
+    Raises:
+        NonFiniteError: NaN or infinity, or factors that float32 cannot hold.
     """
-    found = _side_by_side(terms, operands, number)
+    if rank == "auto" and min(shape[-2:]) == 1:
+        rank = 1
+    found = _side_by_side(name, terms, operands, number)
     rows, columns = shape[-2:]
     if found is not None and found[1].shape[0] <= min(rows, columns):
         u, v = found
@@ -102,7 +109,7 @@ def _rule(rank: Rank) -> object:
 
 
 def _side_by_side(
-    terms: Sequence[Json], operands: Operands, number: int | None
+    name: str, terms: Sequence[Json], operands: Operands, number: int | None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
     """``u`` [rows, k] and ``v`` [k, columns] whose product is the sum, where every part has
     factors."""
@@ -112,8 +119,16 @@ def _side_by_side(
         if factors is None:
             return None
         coefficient = float(str(term["coefficient"]))
-        us.append((coefficient * factors[0]).astype(np.float32))
-        vs.append(factors[1].astype(np.float32))
+        with np.errstate(over="ignore", invalid="ignore"):
+            u, v = (coefficient * factors[0]).astype(np.float32), factors[1].astype(np.float32)
+        if not (np.isfinite(u).all() and np.isfinite(v).all()):
+            message = (
+                f"{name}: has factors with NaN, infinity or numbers beyond float32; leave the "
+                "tensor out with --exclude"
+            )
+            raise NonFiniteError(message)
+        us.append(u)
+        vs.append(v)
     return (np.hstack(us), np.vstack(vs)) if us else None
 
 
@@ -136,7 +151,8 @@ def _factors(
             u, s, v = u[number], s[number], v[number]
             filled = s != 0
             u, s, v = u[:, filled], s[filled], v[filled]
-        return u * s, v
+        with np.errstate(over="ignore", invalid="ignore"):
+            return u * s, v
     if _at(product, "a") is None or number is not None:
         return None
     a, b = (
@@ -145,7 +161,8 @@ def _factors(
         if isinstance(folder, AdapterFolder)
     )
     left, right = (a.T, b.T) if _at(product, "transposed") else (b, a)
-    return float(str(_at(product, "scale"))) * left, right
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(str(_at(product, "scale"))) * left, right
 
 
 def _at(value: object, key: str) -> object:

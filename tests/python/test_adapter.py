@@ -373,7 +373,12 @@ def test_opening_an_adapter_as_something_else_says_how(family: Family, tmp_path:
         ({"lora_alpha": True}, "expected lora_alpha to be a number"),
         ({"alpha_pattern": {"(q+)+_proj": 3}}, "may never end"),
         ({"alpha_pattern": {"(q|q)*_proj": 3}}, "may never end"),
-        ({"rank_pattern": {".*.*.*.*x": 3}}, "may never end"),
+        ({"rank_pattern": {".*.*x": 3}}, "may never end"),
+        ({"rank_pattern": {"a?a?aa": 3}}, "may never end"),
+        ({"rank_pattern": {r"\\.+\.+x": 3}}, "may never end"),
+        ({"rank_pattern": {"(a|a)(a|a)(a|a)": 3}}, "may never end"),
+        ({"rank_pattern": {"q" * 501: 3}}, "may never end"),
+        ({"rank_pattern": {"x{99999999999}": 3}}, "write the modules' names"),
         ({"alpha_pattern": {"(q": 3}}, "write the modules' names"),
         ({"alpha_pattern": [1]}, "is no object"),
         ({"use_frobnication": True}, "use_frobnication"),
@@ -404,6 +409,11 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         ({"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": (2, 64), "base_model.model.model.layers.9.self_attn.q_proj.lora_B.weight": (64, 2)}, "does not have"),
         ({"base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight": (2, 64), "base_model.model.model.layers.0.self_attn.o_proj.lora_B.weight": (64, 2), "base_model.model.model.layers.0.self_attn.o_proj.lora_B.bias": (64,)}, "has none for"),
         ({"base_model.model.model.embed_tokens.weight": (5000, 64)}, "resized the vocabulary"),
+        ({f"{Q}.lora_A.weight": (2, 64), f"{Q}.lora_A.default.weight": (2, 64), f"{Q}.lora_B.weight": (64, 2)}, "is the same part as"),
+        ({f"{Q}.weight": (64, 64), f"{Q}.base_layer.weight": (64, 64)}, "is the same part as"),
+        ({f"{Q}.base_layer.weight": (64, 64), f"{Q}.modules_to_save.weight": (64, 64)}, "is the same part as"),
+        ({"a." * 65 + "weight": (64, 64)}, "no model has such a module"),
+        ({"a" * 501: (64, 64)}, "no model has such a module"),
         ({}, "changes nothing"),
     ],
 )  # fmt: skip
@@ -412,6 +422,40 @@ def test_tensors_that_are_refused(
 ) -> None:
     tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
     assert message in told(adapter_folder(tmp_path / "a", family.sft, tensors=tensors), family.sft)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits"),
+    [
+        (r"layers\.\d+\.self_attn\.q_proj", True),
+        ("model.layers.0.self_attn.q_proj", True),
+        (r"^model\.layers\.0\.self_attn\.q_proj", True),
+        ("(q|k)_proj", True),
+        ("k_proj|v_proj|q_proj", True),
+        (r".*\*.*", None),
+        ("^layers.0.self_attn.q_proj", False),
+        ("self_attn", False),
+    ],
+)
+def test_patterns_are_read_as_peft_reads_them(
+    family: Family, tmp_path: Path, pattern: str, fits: bool | None
+) -> None:
+    """The expressions that people write; PEFT's own function says which of them fit."""
+    module = "model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{Q}.lora_A.weight": np.ones((2, 64), np.float32),
+        f"{Q}.lora_B.weight": np.ones((64, 2), np.float32),
+    }
+    change: dict[str, object] = {"alpha_pattern": {pattern: 6}}
+    folder = adapter_folder(tmp_path / "a", family.sft, change=change, tensors=tensors)
+    if fits is None:
+        assert "may never end" in told(folder, family.sft)
+        return
+    factors = fitted(folder, family.sft)[f"{module}.weight"].factors
+    assert factors is not None
+    assert factors.scale == (3.0 if fits else 2.0)
+    other = pytest.importorskip("peft.utils.other")
+    assert (other.get_pattern_key([pattern], module) == pattern) is fits
 
 
 def test_a_prefix_that_the_checkpoint_lacks(family: Family, tmp_path: Path) -> None:

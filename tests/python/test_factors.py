@@ -62,8 +62,6 @@ def test_what_is_there_is_kept(tmp_path: Path, arrays: Arrays, told: list[str]) 
     [
         ({"rank": 5}, ["top", "bottom"]),
         ({"seed": 1}, ["top"]),
-        ({"which": "top"}, []),
-        ({"exclude": ["q_proj"]}, []),
     ],
 )
 def test_other_factors_are_not_mistaken_for_these(
@@ -77,6 +75,88 @@ def test_other_factors_are_not_mistaken_for_these(
     rv.write_factors(model, fresh, **config)  # type: ignore[arg-type]
     assert len(told) == len(made) * 2
     assert file.read_bytes() == fresh.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "parts_of_it",
+    [
+        [{"which": "top"}, {"which": "bottom"}],
+        [{"which": "bottom"}, {"which": "top"}],
+        [{"which": "both", "include": ["up_proj"]}, {"which": "both", "exclude": ["up_proj"]}],
+        [{"which": "top"}, {"which": "bottom", "seed": 9}],
+        [{"which": "both"}, {"which": "top", "include": ["up_proj"]}],
+    ],
+)
+def test_parts_that_are_asked_for_one_by_one_come_together(
+    tmp_path: Path, arrays: Arrays, parts_of_it: list[dict[str, object]], told: list[str]
+) -> None:
+    """One side after the other, one tensor after the other: the file is that of all at once."""
+    model = write(tmp_path / "m", arrays)
+    file, whole = tmp_path / "f.safetensors", tmp_path / "g.safetensors"
+    for asked in parts_of_it:
+        rv.write_factors(model, file, rank=4, tell=told.append, **asked)  # type: ignore[arg-type]
+    rv.write_factors(model, whole, rank=4, which="both")
+    assert file.read_bytes() == whole.read_bytes()
+    assert len(told) == 4
+
+
+def test_tensors_that_are_left_out_keep_their_rank(tmp_path: Path, arrays: Arrays) -> None:
+    model = write(tmp_path / "m", arrays)
+    first = rv.write_factors(model, tmp_path / "f.safetensors", rank=4, which="both")
+    was = parts(first, Q)
+    second = rv.write_factors(model, tmp_path / "f.safetensors", rank=2, include=["up_proj"])
+    assert parts(second, Q) == was
+    assert {part: list(tensor.shape) for part, tensor in second[UP].items()} == {
+        "bottom.u": [50, 2],
+        "bottom.s": [2],
+        "bottom.vt": [2, 30],
+    }
+
+
+@pytest.mark.parametrize("change", ["nan", "shape", "dtype"])
+def test_factors_that_somebody_changed_are_made_again(
+    tmp_path: Path, arrays: Arrays, change: str, told: list[str]
+) -> None:
+    file = tmp_path / "f.safetensors"
+    model = write(tmp_path / "m", arrays)
+    rv.write_factors(model, file, rank=4)
+    was = file.read_bytes()
+    length = int.from_bytes(was[:8], "little")
+    header = json.loads(was[8 : 8 + length])
+    entry = header[f"{Q}:bottom.u"]
+    content = bytearray(was)
+    if change == "nan":
+        at = 8 + length + entry["data_offsets"][0]
+        content[at : at + 4] = np.float32("nan").tobytes()
+    elif change == "shape":
+        entry["shape"] = entry["shape"][::-1]
+    else:
+        entry["dtype"] = "I32"
+    content[8 : 8 + length] = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    file.write_bytes(content)
+    rv.write_factors(model, file, rank=4, tell=told.append)
+    assert told == [Q]
+    assert file.read_bytes() == was
+
+
+def test_an_inputs_folder_is_not_written(tmp_path: Path, arrays: Arrays) -> None:
+    model = write(tmp_path / "m", arrays)
+    with pytest.raises(rv.MismatchError, match="lies in the folder of the input"):
+        rv.write_factors(model, tmp_path / "m" / "f.safetensors", rank=4)
+    assert len(rv.open(tmp_path / "m")) == len(arrays)
+
+
+def test_a_zero_matrix_has_as_many_triplets_as_others(tmp_path: Path) -> None:
+    """Large enough that the core finds no direction at all in it."""
+    model = write(tmp_path / "m", {UP: ("F32", np.zeros((256, 200), np.float32))})
+    found = rv.write_factors(model, tmp_path / "f.safetensors", rank=8, which="both")
+    assert found.rows[UP]["rank"] == 8
+    for side in ("top", "bottom"):
+        shapes = {"u": (256, 8), "s": (8,), "vt": (8, 200)}
+        for part, shape in shapes.items():
+            values = np.asarray(found[UP][f"{side}.{part}"])
+            assert values.shape == shape
+            assert part == "vt" or not values.any()
 
 
 def test_factors_of_other_tensors_are_refused(tmp_path: Path, arrays: Arrays) -> None:
@@ -109,6 +189,9 @@ def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path, arrays: Arrays)
         '{"a": 1}',
         '{"a": {}}',
         '{"a": {"digest": 1, "rank": 1, "parts": [], "shape": []}}',
+        '{"a": {"digest": "1", "rank": true, "parts": [], "shape": []}}',
+        '{"a": {"digest": "1", "rank": 1, "parts": ["u"], "shape": []}}',
+        '{"a": {"digest": "1", "rank": 1, "parts": [["top.u"]], "shape": []}}',
     ],
 )
 def test_hostile_files_are_refused(tmp_path: Path, rows: str) -> None:

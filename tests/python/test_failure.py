@@ -638,6 +638,39 @@ def test_overwrite_removes_only_what_it_wrote(own: Family, tmp_path: Path) -> No
     assert contents(tmp_path / "reason")["notes.txt"] == b"mine"
 
 
+def test_what_is_overwritten_stands_until_the_new_one_is_whole(own: Family, tmp_path: Path) -> None:
+    """Vectors and adapters survive a run that fails; one that ends leaves what it would have made in
+    an empty folder."""
+    saves: dict[str, Callable[[Vector, Path, bool], object]] = {
+        "exact": lambda v, out, over: v.save(out, overwrite=over),
+        "low": lambda v, out, over: v.compress(out, rank=2, overwrite=over),
+        "lora": lambda v, out, over: v.to_lora(out, rank=2, overwrite=over),
+    }
+    whole = donors(own)
+    for name, save in saves.items():
+        save(2 * whole, tmp_path / name, False)
+        # What a killed run left in the way.
+        half = tmp_path / name / ".reasonvec-renewed"
+        half.mkdir()
+        (half / "vector_model-00007.safetensors").write_text("half")
+        save(whole, tmp_path / name, True)
+        save(whole, tmp_path / f"new-{name}", False)
+        assert contents(tmp_path / name) == contents(tmp_path / f"new-{name}")
+        assert not half.exists()
+    nothing = rv.open(own.sft) - rv.open(shutil.copytree(own.sft, tmp_path / "same"))
+    with untouched(tmp_path / "lora"), pytest.raises(rv.MismatchError, match="nothing to export"):
+        nothing.to_lora(tmp_path / "lora", overwrite=True)
+    for file in own.rl.glob("*.safetensors"):
+        nan = {
+            name: stored._replace(data=b"\xff\x7f" + stored.data[2:])
+            for name, stored in read_shard(file).items()
+        }
+        write_shard(file, nan, {"format": "pt"})
+    for name, save in saves.items():
+        with untouched(tmp_path / name), pytest.raises(rv.NonFiniteError):
+            save(donors(own), tmp_path / name, True)
+
+
 def test_a_manifest_cannot_have_other_files_removed(own: Family, tmp_path: Path) -> None:
     """Overwriting believes a manifest only about its own folder."""
     point(own).save(tmp_path / "out")
@@ -649,6 +682,52 @@ def test_a_manifest_cannot_have_other_files_removed(own: Family, tmp_path: Path)
     with untouched(own.instruct, own.rl, own.sft):
         point(own).save(tmp_path / "out", overwrite=True)
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_strangers_manifest_removes_nothing_that_no_run_writes(
+    own: Family, tmp_path: Path
+) -> None:
+    """Files that only the record names stay, unless they are the bytes that the record says."""
+    (own.instruct / "LICENSE").write_text("a target's own")
+    (own.instruct / "NOTICE").write_text("a target's own")
+    out = tmp_path / "out"
+    point(own).save(out)
+    (out / "NOTICE").write_text("changed since")
+    (out / "thesis.txt").write_text("mine")
+    manifest = json.loads((out / "reasonvec.json").read_text())
+    manifest["output"]["files"]["thesis.txt"] = "00"
+    manifest["output"]["tensors"]["a"] = {"file": "thesis.txt"}
+    (out / "reasonvec.json").write_text(json.dumps(manifest))
+    (own.instruct / "LICENSE").unlink()
+    (own.instruct / "NOTICE").unlink()
+    point(own).save(out, overwrite=True)
+    assert (out / "thesis.txt").read_text() == "mine"
+    assert (out / "NOTICE").read_text() == "changed since"
+    assert not (out / "LICENSE").exists()
+
+
+@pytest.mark.parametrize(
+    "output",
+    [None, 3, {"tensors": [1], "files": 2}, {"tensors": {"a": {}, "b": 1, "c": {"file": [1]}}}],
+)
+def test_an_odd_manifest_is_overwritten(own: Family, tmp_path: Path, output: object) -> None:
+    point(own).save(tmp_path / "out")
+    record = tmp_path / "out" / "reasonvec.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"output": output}))
+    point(own).save(tmp_path / "out", overwrite=True)
+    point(own).save(tmp_path / "new")
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
+@pytest.mark.parametrize("key", ["norm", "max", "max_at"])
+def test_a_manifest_without_a_figure_is_damaged(own: Family, tmp_path: Path, key: str) -> None:
+    donors(own).save(tmp_path / "reason")
+    path = tmp_path / "reason" / "vector_config.json"
+    config = json.loads(path.read_text())
+    del config["tensors"][1][key]
+    path.write_text(json.dumps(config))
+    with pytest.raises(rv.FormatError, match=f"{config['tensors'][1]['name']}.*{key}"):
+        rv.load(tmp_path / "reason").inspect()
 
 
 # Damage

@@ -202,6 +202,28 @@ def test_a_rank_that_saves_nothing_leaves_the_matrix_exact(
     assert report.residual == 0
 
 
+@pytest.mark.parametrize("shape", [(1, 64), (64, 1)])
+def test_a_single_row_is_not_taken_for_noise(tmp_path: Path, shape: tuple[int, int]) -> None:
+    """Random signs leave its norm alone: compressing keeps it exactly, an adapter with rank 1."""
+    generator = np.random.default_rng(7)
+    names = [f"model.layers.{i}.mlp.gate.weight" for i in range(12)]
+    names += [f"model.layers.{i}.mlp.down_proj.weight" for i in range(12)]
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text("{}")
+        tensors = {n: (bits_of(generator, 64, "BF16"), cast(Dtype, "BF16"), shape) for n in names}
+        write(tmp_path / folder / "model.safetensors", tensors)
+    vector = rv.open(tmp_path / "b") - rv.open(tmp_path / "a")
+    low = vector.compress(tmp_path / "low")
+    assert {row.encoding for row in low.rows} <= {"dense", "sparse"}
+    kept = {name: hi for name, (hi, _, _) in page_reader()(tmp_path / "low").items()}
+    assert kept.keys() == set(names)
+    np.testing.assert_equal(kept, exact(vector, tmp_path))
+    ranks = vector.to_lora(tmp_path / "lora").ranks
+    assert set(ranks.values()) == {1}
+    assert len(ranks) >= 12
+
+
 def test_sums_of_low_rank_vectors_keep_the_sum_of_their_ranks(
     reason: rv.Vector, family: Family, tmp_path: Path
 ) -> None:
@@ -519,6 +541,79 @@ def test_the_commands(family: Family, tmp_path: Path) -> None:
     adapter_folder(tmp_path / "theirs", family.sft)
     command = ["to-lora", low, "-o", str(tmp_path / "theirs"), "--overwrite"]
     assert CliRunner().invoke(main, command).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(np.nan, "NaN"), (1e60, "beyond float32"), (np.inf, "infinity")]
+)
+def test_factors_that_are_no_numbers_make_no_adapter(
+    family: Family, tmp_path: Path, number: float, said: str
+) -> None:
+    """Nothing is written, and what is to blame is named."""
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{module}.lora_A.weight": np.ones((2, 64)),
+        f"{module}.lora_B.weight": np.full((64, 2), number),
+    }
+    folder = adapter_folder(tmp_path / "a", family.sft, tensors=tensors)
+    vector = rv.adapter(folder, rv.open(family.sft))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with pytest.raises(rv.NonFiniteError, match=f"{name}.*{said}|{said}.*{name}"):
+        vector.compress(tmp_path / "low", rank=1)
+    with pytest.raises(rv.NonFiniteError, match=name):
+        vector.to_lora(tmp_path / "lora", rank=1)
+    assert not list((tmp_path / "lora").glob("*"))
+    if not np.isfinite(number):
+        file = re.escape(str(folder / "adapter_model.safetensors"))
+        with pytest.raises(rv.NonFiniteError, match=rf"^{file}: tensor {name}"):
+            from_lora(vector, tmp_path / "back")
+
+
+@pytest.mark.models
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_is_not_taken_for_another_that_ends_alike(tmp_path: Path) -> None:
+    """Ranks by name, where one module's name is the end of another's."""
+    peft = pytest.importorskip("peft")
+    import torch
+
+    def linear() -> torch.nn.Module:
+        return torch.nn.ModuleDict({"q_proj": torch.nn.Linear(16, 16, bias=False)})
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([linear(), linear()])
+            self.vision = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([linear()])})
+
+    generator = np.random.default_rng(0)
+    ranks = {"layers.0.q_proj": 3, "layers.1.q_proj": 5, "vision.layers.0.q_proj": 5}
+    zeros, moved = {}, {}
+    for module, rank in ranks.items():
+        product = generator.normal(size=(16, rank)) @ generator.normal(size=(rank, 16))
+        bits = product.astype(np.float32).view(np.uint32)
+        moved[f"{module}.weight"] = (bits, "F32", (16, 16))
+        zeros[f"{module}.weight"] = (np.zeros_like(bits), "F32", (16, 16))
+    for name, tensors in (("zeros", zeros), ("moved", moved)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        write(tmp_path / name / "model.safetensors", tensors)
+    base = rv.open(tmp_path / "zeros")
+    report = (rv.open(tmp_path / "moved") - base).to_lora(tmp_path / "lora", rank=0.999999)
+    assert report.ranks == ranks
+    found = rv.adapter(tmp_path / "lora", base)
+    (base + found).save(tmp_path / "out")
+    model = Model()
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    merged = peft.PeftModel.from_pretrained(model, tmp_path / "lora").merge_and_unload()
+    for module in ranks:
+        name = f"{module}.weight"
+        expected = moved[name][0].view(np.float32)
+        ours = np.asarray(rv.open(tmp_path / "out")[name])
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
+        np.testing.assert_allclose(
+            merged.get_submodule(module).weight.detach().numpy(), expected, atol=1e-4
+        )
 
 
 MIXTURES = {

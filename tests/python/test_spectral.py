@@ -239,6 +239,32 @@ def test_stacks_are_taken_by_number_and_other_shapes_refused(tmp_path: Path) -> 
     assert report.skipped == ("bias",)
 
 
+def test_numbers_that_make_no_sense_are_told(tmp_path: Path) -> None:
+    """They never reach the core, whose numbers have no sign and end."""
+    generator = np.random.default_rng(0)
+    matrix = generator.normal(size=(9, 7)).astype(np.float32)
+    stack = generator.normal(size=(2, 9, 7)).astype(np.float32)
+    point = write(tmp_path / "m", {"w.weight": ("F32", matrix), "e": ("F32", stack)})
+    for rank in (0, -1, True):
+        with pytest.raises(ValueError, match="rank is a number of singular values from 1 on"):
+            point.svd("w.weight", rank)
+        with pytest.raises(ValueError, match="rank is a number of singular values from 1 on"):
+            rv.write_factors(point, tmp_path / "f.safetensors", rank=rank)
+    for seed in (-1, 1 << 64):
+        with pytest.raises(ValueError, match="seed is a whole number from 0"):
+            point.svd("w.weight", 2, seed=seed)
+        with pytest.raises(ValueError, match="seed is a whole number from 0"):
+            point.spectrum(seed=seed)
+    for count in (0, -3):
+        with pytest.raises(ValueError, match="count is a number of singular values from 1 on"):
+            point.spectrum(count=count)
+    for number in (-1, 2):
+        with pytest.raises(rv.MismatchError, match=f"no matrix {number}; it is a stack of 2"):
+            point.svd("e", 2, number=number)
+    assert point.svd("w.weight", 1 << 64).rank == 7
+    assert len(point.spectrum(count=1 << 64).tensors[0].values) == 7
+
+
 def test_nan_is_named(tmp_path: Path) -> None:
     for shape in ((300, 260), (260, 300)):
         a = np.ones(shape)
