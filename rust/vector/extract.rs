@@ -140,6 +140,7 @@ fn factors(t: &ExtractTensor, refs: &[Ref], operands: Operands<'_>) -> Result<Fa
 }
 
 fn prepare(plan: &ExtractPlan, operands: Operands<'_>) -> Result<Vec<Job>> {
+    crate::plan::distinct(plan.tensors.iter().map(|t| t.name.as_str()))?;
     let mut jobs = Vec::with_capacity(plan.tensors.len());
     for t in &plan.tensors {
         let dtype = dtype(&t.dtype, &t.name)?;
