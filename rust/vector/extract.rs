@@ -362,7 +362,7 @@ impl<'a> Run<'a> {
         let shuffled = job.terms.iter().any(|t| matches!(t.substitute, Some(Substitute::Shuffle { .. })));
         let span = if shuffled { BLOCK } else { MICRO as u64 };
         let spans = job.elements.div_ceil(span);
-        let taken = spans.min(SAMPLE / span);
+        let taken = spans.min((SAMPLE / span).max(1));
         buffer.resize(buffer.len().max(span as usize), W::ZERO);
         for k in 0..taken {
             let start = k * spans / taken * span;
