@@ -165,7 +165,7 @@ pub fn apply(plan: &ApplyPlan, operands: Operands<'_>, control: &Control) -> Res
         let Run { done, whole, .. } = run;
         // Ends the finisher when shards are missing.
         drop(whole);
-        let finished = finisher.join().unwrap_or(Err(Error::Cancelled));
+        let finished = finisher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         match (finished, passed) {
             (Err(e), _) | (Ok(()), Err(e)) => Err(e),
             (Ok(()), Ok(())) => Ok(done),
