@@ -306,7 +306,7 @@ impl Run<'_> {
         }
         if self.left[tile.tensor].fetch_sub(1, Ordering::AcqRel) == 1 {
             if !method.skips(visit.stage) {
-                method.solve(visit.stage)?;
+                method.solve(visit.stage, self.control)?;
             }
             self.gates.open(visit);
         }
