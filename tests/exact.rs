@@ -396,7 +396,8 @@ fn tensors_without_elements_and_without_dimensions_pass() {
 fn a_shuffled_vector_is_as_small_as_the_vector() {
     // Longer than a block, and few values, so that a palette is the smallest.
     let n = BLOCK + BLOCK / 3;
-    let value = |i: u64, moved: bool| 1.0 + if moved && i % 8 == 0 { 0.25 * (i / 8 % 5 + 1) as f64 } else { 0.0 };
+    let value =
+        |i: u64, moved: bool| 1.0 + if moved && i.is_multiple_of(8) { 0.25 * (i / 8 % 5 + 1) as f64 } else { 0.0 };
     let tensor = |moved: bool| Tensor::floats("w", Dtype::BF16, (0..n).map(move |i| value(i, moved)));
     let mut family = Family::one(&tensor(true), &tensor(false), &tensor(false));
     let plain = family.extract("auto");
