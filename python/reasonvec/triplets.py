@@ -112,9 +112,19 @@ def _side_by_side(
         if factors is None:
             return None
         coefficient = float(str(term["coefficient"]))
-        us.append((coefficient * factors[0]).astype(np.float32))
-        vs.append(factors[1].astype(np.float32))
+        left, right = coefficient * factors[0], factors[1]
+        if not (_fits(left) and _fits(right)):
+            # The elements will do, or tell where they are not finite, and in which file.
+            return None
+        us.append(left.astype(np.float32))
+        vs.append(right.astype(np.float32))
     return (np.hstack(us), np.vstack(vs)) if us else None
+
+
+def _fits(factor: NDArray[np.float64]) -> bool:
+    """Whether float32 holds what a factor is: it is finite, and neither too large nor too small."""
+    largest = np.abs(factor).max(initial=0.0)
+    return bool(largest == 0 or 1e-30 < largest < 1e30)
 
 
 def _factors(
