@@ -442,6 +442,18 @@ fn squares<W: Work>(
     Ok(sum)
 }
 
+/// Refuses a plan that makes two things of one name.
+///
+/// # Errors
+/// [`Error::Mismatch`], which names it.
+pub fn distinct<'n>(names: impl IntoIterator<Item = &'n str>) -> Result<()> {
+    let mut seen = std::collections::HashSet::new();
+    match names.into_iter().find(|name| !seen.insert(*name)) {
+        Some(name) => Err(Error::mismatch(name, "the plan makes it twice; one of them needs another name")),
+        None => Ok(()),
+    }
+}
+
 /// The format of a name in a plan.
 ///
 /// # Errors

@@ -391,3 +391,21 @@ fn tensors_without_elements_and_without_dimensions_pass() {
     let applied = family.apply("applied", 2, |name| vec![stored(2.0, 3, name)]);
     assert!(make(2.5).iter().all(|t| applied[&t.name] == t.bytes));
 }
+
+#[test]
+fn a_shuffled_vector_is_as_small_as_the_vector() {
+    // Longer than a block, and few values, so that a palette is the smallest.
+    let n = BLOCK + BLOCK / 3;
+    let value =
+        |i: u64, moved: bool| 1.0 + if moved && i.is_multiple_of(8) { 0.25 * (i / 8 % 5 + 1) as f64 } else { 0.0 };
+    let tensor = |moved: bool| Tensor::floats("w", Dtype::BF16, (0..n).map(move |i| value(i, moved)));
+    let mut family = Family::one(&tensor(true), &tensor(false), &tensor(false));
+    let plain = family.extract("auto");
+    let mut plan = common::extract_plan(&family.path("shuffled"), family.checkpoint(0), "auto", how(2, 64 << 20));
+    plan.tensors[0].terms[0].control = Some(serde_json::from_value(json!({"kind": "shuffle", "seed": 3})).unwrap());
+    let shuffled = common::extract(&plan, &family.operands).unwrap();
+    assert_eq!(shuffled[0].moved, plain[0].moved);
+    assert!(plain[0].parts.contains_key("palette"), "{:?}", plain[0].parts.keys());
+    assert!(shuffled[0].parts.contains_key("palette"), "{:?}", shuffled[0].parts.keys());
+    assert!(shuffled[0].bytes < plain[0].bytes + plain[0].bytes / 50, "{} and {}", shuffled[0].bytes, plain[0].bytes);
+}

@@ -229,6 +229,15 @@ fn slerp_keeps_to_the_sphere() {
 }
 
 #[test]
+fn what_does_not_fit_the_output_is_told_with_a_file() {
+    let models = Models::new([0.0, 1e10, 2e10].map(|x| vec![Tensor::floats("w", Dtype::F32, [x, 1.0])]).to_vec());
+    let out = models.folder.path().join("out");
+    let plan = models.plan(&out, &json!({"kind": "slerp", "t": 1e30}), false, 2, how(1, MIB));
+    let text = apply(&plan, &models.operands).unwrap_err().to_string();
+    assert!(text.contains("model.safetensors: tensor w: element 0 is "), "{text}");
+}
+
+#[test]
 fn a_method_that_cannot_be_carried_out_is_refused_before_anything_is_written() {
     let models = family();
     let ties = |density: Value| json!({"kind": "ties", "density": density});

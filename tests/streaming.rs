@@ -548,6 +548,30 @@ fn what_does_not_fit_is_refused_before_anything_is_written() {
 }
 
 #[test]
+fn a_name_twice_is_refused_before_anything_is_written() {
+    let family = long_family();
+    let refused = |error: Error, folder: &str, says: &str| {
+        assert!(matches!(error, Error::Mismatch { .. }) && error.to_string().contains(says), "{error}");
+        assert_eq!(files(&family.path(folder)), Vec::<std::path::PathBuf>::new());
+    };
+    // In one file, and in two.
+    for (shard, from) in [(0, 0), (1, 0)] {
+        let mut plan = long_plan(&family, "out", false);
+        let again = plan.shards[from].tensors[3].clone();
+        plan.shards.iter_mut().for_each(|s| s.header_of = None);
+        plan.shards[shard].tensors.push(again);
+        refused(merge::predict(&plan, Operands(&family.operands)).unwrap_err(), "out", "d: the plan makes it twice");
+        refused(apply(&plan, &family.operands).unwrap_err(), "out", "d: the plan makes it twice");
+    }
+    let mut plan = long_plan(&family, "out", false);
+    plan.shards[1].file = plan.shards[0].file.clone();
+    refused(apply(&plan, &family.operands).unwrap_err(), "out", "00001-of-00002.safetensors: the plan makes it twice");
+    let mut plan = extract_plan(&family.path("v"), family.checkpoint(0), "auto", how(1, MIB));
+    plan.tensors.push(plan.tensors[2].clone());
+    refused(extract(&plan, &family.operands).unwrap_err(), "v", "c: the plan makes it twice");
+}
+
+#[test]
 fn a_shape_that_overflows_is_refused_in_a_plan_too() {
     let family = spoiled(4, Dtype::BF16, |_| {});
     for shape in [[1u64 << 40, 1 << 40], [u64::MAX, 2], [1 << 62, 1]] {

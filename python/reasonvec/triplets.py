@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from reasonvec import _reasonvec as core
 from reasonvec.adapter import AdapterFolder
-from reasonvec.errors import MismatchError, NonFiniteError
+from reasonvec.errors import MismatchError
 from reasonvec.folders import Folder, VectorFolder
 from reasonvec.json_values import Json
 from reasonvec.run import RunOptions, settings
@@ -119,17 +119,19 @@ def _side_by_side(
         if factors is None:
             return None
         coefficient = float(str(term["coefficient"]))
-        with np.errstate(over="ignore", invalid="ignore"):
-            u, v = (coefficient * factors[0]).astype(np.float32), factors[1].astype(np.float32)
-        if not (np.isfinite(u).all() and np.isfinite(v).all()):
-            message = (
-                f"{name}: has factors with NaN, infinity or numbers beyond float32; leave the "
-                "tensor out with --exclude"
-            )
-            raise NonFiniteError(message)
-        us.append(u)
-        vs.append(v)
+        left, right = coefficient * factors[0], factors[1]
+        if not (_fits(left) and _fits(right)):
+            # The elements will do, or tell where they are not finite, and in which file.
+            return None
+        us.append(left.astype(np.float32))
+        vs.append(right.astype(np.float32))
     return (np.hstack(us), np.vstack(vs)) if us else None
+
+
+def _fits(factor: NDArray[np.float64]) -> bool:
+    """Whether float32 holds what a factor is: it is finite, and neither too large nor too small."""
+    largest = np.abs(factor).max(initial=0.0)
+    return bool(largest == 0 or 1e-30 < largest < 1e30)
 
 
 def _factors(

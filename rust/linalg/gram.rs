@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use super::dense::{add_lower, add_product, pack, packed, share, transpose, transpose_shared};
 use super::eigen::{symmetric_until, values as values_until};
 use super::panel::{self, Scratch};
-use super::rsvd::{Sweep, exactly};
+use super::rsvd::{Sweep, exactly, some};
 use super::{Exact, Matrix, Triplets, inverse};
 use crate::philox::Philox;
 use crate::plan::Settings;
@@ -41,7 +41,7 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
     let mut across = vec![0.0; if by_rows { 0 } else { n * DEPTH }];
     let mut both = packed(n, DEPTH);
     let mut squares = 0.0;
-    let level = sweep.level;
+    let (level, scale) = (sweep.level, sweep.scale());
     sweep.control.expect(matrix.bytes());
     for from in (0..long).step_by(DEPTH) {
         if sweep.control.cancelled() {
@@ -64,8 +64,14 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
                     let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
                     let mut scratch: (Scratch<f32>, Scratch<f64>) = Default::default();
                     let rows = from + i * 24..from + i * 24 + slot.len() / n;
-                    let read =
-                        panel::read_double(matrix, level, rows.clone(), &mut scratch, &mut Vec::new(), &mut slot);
+                    let read = panel::read_double(
+                        (matrix, scale),
+                        level,
+                        rows.clone(),
+                        &mut scratch,
+                        &mut Vec::new(),
+                        &mut slot,
+                    );
                     match read {
                         Ok(s) => *sums[i].lock().unwrap_or_else(PoisonError::into_inner) = s,
                         Err(e) => fail(i, e),
@@ -84,8 +90,15 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
                 let mut scratch: (Scratch<f32>, Scratch<f64>) = Default::default();
                 let rows = i * STRIPE..i * STRIPE + slot.len() / depth;
                 let columns = from..from + depth;
-                let read =
-                    panel::read_columns(matrix, level, rows.clone(), columns, &mut scratch, &mut Vec::new(), &mut slot);
+                let read = panel::read_columns(
+                    (matrix, scale),
+                    level,
+                    rows.clone(),
+                    columns,
+                    &mut scratch,
+                    &mut Vec::new(),
+                    &mut slot,
+                );
                 if let Err(e) = read {
                     fail(i, e);
                 }
@@ -106,8 +119,9 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
         add_lower(level, threads, &mut values, n, &both, depth);
         sweep.control.advance((matrix.bytes() as f64 * depth as f64 / long as f64) as u64);
     }
-    if !squares.is_finite() {
-        return Err(panel::nonfinite(matrix, level));
+    if sweep.rescaled(squares)? {
+        drop((values, piece, across, both));
+        return gather(sweep);
     }
     for i in 0..n {
         for j in i + 1..n {
@@ -136,11 +150,11 @@ pub(super) fn memory(rows: usize, columns: usize, rank: Option<usize>, threads: 
     gathering.max(solving).max(sides(r))
 }
 
-/// Every singular value, descending, and the sum of squares.
-pub(super) fn spectrum_of(sweep: &Sweep<'_>) -> Result<(Vec<f64>, f64)> {
-    let Gram { n, values, squares } = gather(sweep)?;
+/// Every singular value, descending.
+pub(super) fn spectrum_of(sweep: &Sweep<'_>) -> Result<Vec<f64>> {
+    let Gram { n, values, .. } = gather(sweep)?;
     let values = values_until(values, n, &|| sweep.control.cancelled()).ok_or(Error::Cancelled)?;
-    Ok((values.into_iter().map(|v| v.max(0.0).sqrt()).collect(), squares))
+    sweep.restored_values(values.into_iter().map(|v| v.max(0.0).sqrt()).collect())
 }
 
 /// Every singular value of a matrix, descending. Those below 1e-8 of the first are what rounding makes of zero.
@@ -148,26 +162,22 @@ pub(super) fn spectrum_of(sweep: &Sweep<'_>) -> Result<(Vec<f64>, f64)> {
 /// # Errors
 /// [`Error::NonFinite`], [`Error::Io`], [`Error::Cancelled`].
 pub fn spectrum(matrix: &Matrix<'_>, settings: &Settings, control: &Control) -> Result<Vec<f64>> {
-    Ok(spectrum_of(&Sweep::new(matrix, settings, control)?)?.0)
+    spectrum_of(&Sweep::new(matrix, settings, control)?)
 }
 
-/// The whole singular value decomposition.
-///
-/// # Errors
-/// As [`spectrum`].
-pub fn decompose(matrix: &Matrix<'_>, settings: &Settings, control: &Control) -> Result<Triplets> {
-    let sweep = Sweep::new(matrix, settings, control)?;
-    let Gram { n, values, squares } = gather(&sweep)?;
-    let (_, vectors) = symmetric_until(&values, n, &|| control.cancelled()).ok_or(Error::Cancelled)?;
+/// The whole singular value decomposition, at the scale of the sweep.
+pub(super) fn decompose(sweep: &Sweep<'_>) -> Result<Triplets> {
+    let Gram { n, values, squares } = gather(sweep)?;
+    let (_, vectors) = symmetric_until(&values, n, &|| sweep.control.cancelled()).ok_or(Error::Cancelled)?;
     let mut columns = vec![0.0; n * n];
     transpose(&vectors, &mut columns, n, n);
-    Ok(side(&sweep, columns, n, squares)?.round())
+    Ok(side(sweep, columns, n, squares)?.round())
 }
 
 /// Triplets from orthonormal vectors of the smaller side (`small x r`): one more reading takes the other side's.
 pub(super) fn side(sweep: &Sweep<'_>, vectors: Vec<f64>, r: usize, squares: f64) -> Result<Exact> {
     let matrix = sweep.matrix;
-    let (level, threads) = (sweep.level, sweep.settings.threads());
+    let (level, scale, threads) = (sweep.level, sweep.scale(), sweep.settings.threads());
     let by_rows = matrix.columns <= matrix.rows;
     let long = matrix.rows.max(matrix.columns);
     let mut other = vec![0.0; long * r];
@@ -184,11 +194,18 @@ pub(super) fn side(sweep: &Sweep<'_>, vectors: Vec<f64>, r: usize, squares: f64)
         let mut scratch: (Scratch<f32>, Scratch<f64>) = Default::default();
         let mut piece = vec![0.0; count * matrix.small()];
         let read = if by_rows {
-            panel::read_double(matrix, level, range, &mut scratch, &mut Vec::new(), &mut piece).map(|_| ())
+            panel::read_double((matrix, scale), level, range, &mut scratch, &mut Vec::new(), &mut piece).map(|_| ())
         } else {
             let mut across = vec![0.0; piece.len()];
-            let read =
-                panel::read_columns(matrix, level, 0..matrix.rows, range, &mut scratch, &mut Vec::new(), &mut across);
+            let read = panel::read_columns(
+                (matrix, scale),
+                level,
+                0..matrix.rows,
+                range,
+                &mut scratch,
+                &mut Vec::new(),
+                &mut across,
+            );
             transpose(&across, &mut piece, matrix.rows, count);
             read
         };
@@ -220,7 +237,7 @@ pub(super) fn side(sweep: &Sweep<'_>, vectors: Vec<f64>, r: usize, squares: f64)
 /// The `rank` smallest singular triplets, still descending: the last one is the smallest.
 ///
 /// # Errors
-/// As [`spectrum`].
+/// As [`spectrum`]; [`Error::Usage`] for a rank of zero.
 pub fn bottom(matrix: &Matrix<'_>, rank: usize, settings: &Settings, control: &Control) -> Result<Triplets> {
     Ok(bottom_exact(matrix, rank, settings, control)?.round())
 }
@@ -228,8 +245,9 @@ pub fn bottom(matrix: &Matrix<'_>, rank: usize, settings: &Settings, control: &C
 /// [`bottom`] with vectors in f64: what they make together is the dropped part to 1e-10, where f32 rounds it to 1e-7.
 ///
 /// # Errors
-/// As [`spectrum`].
+/// As [`bottom`].
 pub fn bottom_exact(matrix: &Matrix<'_>, rank: usize, settings: &Settings, control: &Control) -> Result<Exact> {
+    some(rank)?;
     let sweep = Sweep::new(matrix, settings, control)?;
     let Gram { n, values, squares } = gather(&sweep)?;
     let r = rank.min(n);
@@ -242,5 +260,7 @@ pub fn bottom_exact(matrix: &Matrix<'_>, rank: usize, settings: &Settings, contr
     found.u = last(&found.u);
     found.v = last(&found.v);
     found.s.drain(..b - r);
+    found.s = sweep.restored_values(found.s)?;
+    found.squares = sweep.restored_squares(squares)?;
     Ok(found)
 }

@@ -15,6 +15,7 @@ pub(crate) mod packed;
 mod panel;
 pub mod plan;
 pub mod rsvd;
+mod scale;
 pub(crate) mod whole;
 
 pub use panel::Matrix;

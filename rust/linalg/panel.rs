@@ -1,13 +1,16 @@
 //! Rows and columns of a matrix that lies on disk as a sum of terms.
 
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
+use super::dense::share;
+use super::scale::Scale;
 use crate::bf16::Work;
 use crate::operand::{Reader, Term, first_nonfinite};
 use crate::philox::Philox;
 use crate::simd::{Level, dispatch};
 use crate::store::map::Pool;
-use crate::stream::BLOCK;
+use crate::stream::{BLOCK, Control};
 use crate::{Error, Result};
 
 /// A matrix that is read, never held.
@@ -155,7 +158,7 @@ fn read_elements<W: Work>(
 /// # Errors
 /// [`Error::NonFinite`] for the first element that is not finite; [`Error::Io`].
 pub(super) fn read_rows<W: Work>(
-    matrix: &Matrix<'_>,
+    (matrix, scale): (&Matrix<'_>, Scale),
     level: Level,
     rows: Range<usize>,
     scratch: &mut Scratch<W>,
@@ -164,6 +167,7 @@ pub(super) fn read_rows<W: Work>(
     let n = matrix.columns as u64;
     let elements = rows.start as u64 * n..rows.end as u64 * n;
     read_elements(matrix, level, elements.clone(), scratch, into)?;
+    scale.apply(into);
     let squares: f64 = into.chunks(dispatch::MICRO).map(|m| dispatch::dot(level, m, m)).sum();
     if !squares.is_finite() {
         let range = matrix.start + elements.start..matrix.start + elements.end;
@@ -176,18 +180,18 @@ pub(super) fn read_rows<W: Work>(
 
 /// [`read_rows`] in f32: what is summed in f64 is rounded.
 pub(super) fn read_single(
-    matrix: &Matrix<'_>,
+    (matrix, scale): (&Matrix<'_>, Scale),
     level: Level,
     rows: Range<usize>,
     scratch: &mut (Scratch<f32>, Scratch<f64>),
     into: &mut [f32],
 ) -> Result<f64> {
     if !matrix.is_double() {
-        return read_rows(matrix, level, rows, &mut scratch.0, into);
+        return read_rows((matrix, scale), level, rows, &mut scratch.0, into);
     }
     let mut wide = std::mem::take(&mut scratch.1.wide);
     wide.resize(into.len(), 0.0);
-    let squares = read_rows(matrix, level, rows, &mut scratch.1, &mut wide)?;
+    let squares = read_rows((matrix, scale), level, rows, &mut scratch.1, &mut wide)?;
     into.iter_mut().zip(&wide).for_each(|(o, &w)| *o = w as f32);
     scratch.1.wide = wide;
     Ok(squares)
@@ -195,7 +199,7 @@ pub(super) fn read_single(
 
 /// [`read_rows`] in f64.
 pub(super) fn read_double(
-    matrix: &Matrix<'_>,
+    (matrix, scale): (&Matrix<'_>, Scale),
     level: Level,
     rows: Range<usize>,
     scratch: &mut (Scratch<f32>, Scratch<f64>),
@@ -203,17 +207,17 @@ pub(super) fn read_double(
     into: &mut [f64],
 ) -> Result<f64> {
     if matrix.is_double() {
-        return read_rows(matrix, level, rows, &mut scratch.1, into);
+        return read_rows((matrix, scale), level, rows, &mut scratch.1, into);
     }
     single.resize(into.len(), 0.0);
-    let squares = read_rows(matrix, level, rows, &mut scratch.0, single)?;
+    let squares = read_rows((matrix, scale), level, rows, &mut scratch.0, single)?;
     into.iter_mut().zip(&*single).for_each(|(o, &w)| *o = f64::from(w));
     Ok(squares)
 }
 
 /// Some columns of some rows, in f64, row by row.
 pub(super) fn read_columns(
-    matrix: &Matrix<'_>,
+    (matrix, scale): (&Matrix<'_>, Scale),
     level: Level,
     rows: Range<usize>,
     columns: Range<usize>,
@@ -228,12 +232,54 @@ pub(super) fn read_columns(
         let elements = from..from + width as u64;
         if matrix.is_double() {
             read_elements(matrix, level, elements, &mut scratch.1, into)?;
+            scale.apply(into);
         } else {
             read_elements(matrix, level, elements, &mut scratch.0, single)?;
+            scale.apply(single);
             into.iter_mut().zip(&*single).for_each(|(o, &w)| *o = f64::from(w));
         }
     }
     Ok(())
+}
+
+/// The largest magnitude of a matrix. One reading of it.
+///
+/// # Errors
+/// [`Error::NonFinite`] for an element that is not finite, [`Error::Mismatch`] if their sum is not; [`Error::Io`], [`Error::Cancelled`].
+pub(super) fn largest(matrix: &Matrix<'_>, level: Level, threads: usize, control: &Control) -> Result<f64> {
+    let end = (matrix.rows * matrix.columns) as u64;
+    let parts: Vec<Mutex<Result<f64>>> = (0..end.div_ceil(BLOCK)).map(|_| Mutex::new(Ok(0.0))).collect();
+    share(threads, parts.len(), |i| {
+        let range = i as u64 * BLOCK..((i as u64 + 1) * BLOCK).min(end);
+        let found = match (control.cancelled(), matrix.is_double()) {
+            (true, _) => Err(Error::Cancelled),
+            (_, true) => largest_of::<f64>(matrix, level, range),
+            (_, false) => largest_of::<f32>(matrix, level, range),
+        };
+        *parts[i].lock().unwrap_or_else(PoisonError::into_inner) = found;
+    });
+    let found = parts
+        .into_iter()
+        .map(|part| part.into_inner().unwrap_or_else(PoisonError::into_inner))
+        .try_fold(0.0f64, |most, part| part.map(|x| most.max(x)))?;
+    if found.is_finite() { Ok(found) } else { Err(nonfinite(matrix, level)) }
+}
+
+/// [`largest`] of some elements; infinity if one is not finite.
+fn largest_of<W: Work>(matrix: &Matrix<'_>, level: Level, elements: Range<u64>) -> Result<f64> {
+    let mut scratch = Scratch::<W>::default();
+    let mut piece = vec![W::ZERO; PIECE.min(elements.end - elements.start) as usize];
+    let (mut most, mut at) = (0.0f64, elements.start);
+    while at < elements.end {
+        let next = (at + PIECE).min(elements.end);
+        let piece = &mut piece[..(next - at) as usize];
+        read_elements(matrix, level, at..next, &mut scratch, piece)?;
+        for x in &*piece {
+            most = most.max(if x.is_finite() { x.abs().to_f64() } else { f64::INFINITY });
+        }
+        at = next;
+    }
+    Ok(most)
 }
 
 /// Turns signs at random, the same for an element wherever its panel begins.
@@ -253,5 +299,8 @@ pub(super) fn nonfinite(matrix: &Matrix<'_>, level: Level) -> Error {
             Ok(Some(e)) | Err(e) => return e,
         }
     }
-    Error::mismatch(matrix.name, "its elements are finite, the sum of their squares is not: they are too large for f64")
+    Error::mismatch(
+        matrix.name,
+        "the numbers that it is made of are finite, what they make together is not: they are too large",
+    )
 }

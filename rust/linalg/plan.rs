@@ -169,7 +169,10 @@ pub fn spectrum(plan: &SpectrumPlan, operands: Operands<'_>, control: &Control) 
         }
         None => {
             let values = gram::spectrum(&matrix, &plan.settings, control)?;
-            let squares = values.iter().map(|s| s * s).sum();
+            let squares: f64 = values.iter().map(|s| s * s).sum();
+            if !squares.is_finite() {
+                return Err(crate::Error::mismatch(matrix.name, "has a sum of squares that f64 does not hold"));
+            }
             (values, squares)
         }
     };

@@ -9,11 +9,12 @@
 //! alone. They are squares, so singular values below [`CLEAR`] times the first are inexact in f32: where one of those is wanted, `Y` is made
 //! orthonormal and one more sweep takes `A^T Q`.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::dense::{add_product, cholesky, cross, invert_triangle, orthonormalise, product, transpose};
 use super::eigen::{jacobi, symmetric};
 use super::panel::{self, Scratch};
+use super::scale::Scale;
 use super::{Exact, Matrix, Rank, Triplets, gram};
 use crate::philox::Philox;
 use crate::plan::Settings;
@@ -76,6 +77,8 @@ pub(super) struct Sweep<'a> {
     pub(super) settings: &'a Settings,
     pub(super) control: &'a Control,
     signs: Option<Philox>,
+    /// Known after the first reading.
+    scale: OnceLock<Scale>,
 }
 
 /// What a worker of a sweep holds.
@@ -88,7 +91,7 @@ struct Worker {
 
 impl<'a> Sweep<'a> {
     pub(super) fn new(matrix: &'a Matrix<'a>, settings: &'a Settings, control: &'a Control) -> Result<Self> {
-        Ok(Self { matrix, level: Level::current()?, settings, control, signs: None })
+        Ok(Self { matrix, level: Level::current()?, settings, control, signs: None, scale: OnceLock::new() })
     }
 
     /// Threads for work in memory.
@@ -96,12 +99,64 @@ impl<'a> Sweep<'a> {
         self.settings.threads()
     }
 
+    /// What elements are multiplied by as they are read: by one until the first reading shows that the matrix is of unusual size.
+    pub(super) fn scale(&self) -> Scale {
+        self.scale.get().copied().unwrap_or_default()
+    }
+
+    /// Whether the matrix is to be read again, at another scale: asked of its sum of squares after every reading, true once at most.
+    ///
+    /// # Errors
+    /// As [`panel::largest`].
+    pub(super) fn rescaled(&self, squares: f64) -> Result<bool> {
+        if self.scale.get().is_some() {
+            return Ok(false);
+        }
+        // A sum of zero may be one of squares that were too small.
+        let usual = Scale::is_usual(squares) || self.matrix.terms.is_empty();
+        let scale = if usual {
+            Scale::default()
+        } else {
+            Scale::of(panel::largest(self.matrix, self.level, self.threads(), self.control)?)
+        };
+        Ok(*self.scale.get_or_init(|| scale) != Scale::default())
+    }
+
+    /// Singular values of the matrix from those at the sweep's scale.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for one that is not finite.
+    pub(super) fn restored_values(&self, mut s: Vec<f64>) -> Result<Vec<f64>> {
+        let scale = self.scale();
+        s.iter_mut().for_each(|s| *s = scale.divide(*s));
+        if s.iter().all(|s| s.is_finite()) { Ok(s) } else { Err(self.too_large()) }
+    }
+
+    /// The same of the sum of squares.
+    pub(super) fn restored_squares(&self, squares: f64) -> Result<f64> {
+        let squares = self.scale().divide_square(squares);
+        if squares.is_finite() { Ok(squares) } else { Err(self.too_large()) }
+    }
+
+    fn too_large(&self) -> Error {
+        Error::mismatch(
+            self.matrix.name,
+            "has singular values, or a sum of their squares, that f64 does not hold; multiply the vector by a small number first",
+        )
+    }
+
+    fn restored(&self, found: Triplets) -> Result<Triplets> {
+        let residual = self.scale().divide(found.residual);
+        let (s, squares) = (self.restored_values(found.s)?, self.restored_squares(found.squares)?);
+        Ok(Triplets { s, squares, residual, ..found })
+    }
+
     /// `y = A v` (not if `v` is empty: then `y` is taken as given) and `A^T y`, `b` vectors each, and the sum of squares of `A`. `v` is `columns x b`, `y`
     /// is `rows x b`, the result `b x columns`.
     fn products(&self, v: &[f32], y: &mut [f32], b: usize) -> Result<(Vec<f64>, f64)> {
         let Matrix { rows, columns: n, .. } = *self.matrix;
         let cut = Cut::new(self.matrix);
-        let level = self.level;
+        let (level, scale) = (self.level, self.scale());
         let held = 4 * (n * (cut.height + b) + 2 * cut.height * b) as u64;
         let threads = self.threads().min((self.settings.memory_budget / held).max(1) as usize);
         let parts: Vec<Mutex<&mut [f32]>> = y.chunks_mut(cut.per_segment * cut.height * b).map(Mutex::new).collect();
@@ -118,7 +173,7 @@ impl<'a> Sweep<'a> {
                 let top = first + i * cut.height;
                 let height = y.len() / b;
                 let p = &mut worker.panel[..height * n];
-                squares += panel::read_single(self.matrix, level, top..top + height, &mut worker.scratch, p)?;
+                squares += panel::read_single((self.matrix, scale), level, top..top + height, &mut worker.scratch, p)?;
                 if let Some(signs) = self.signs {
                     panel::flip(self.matrix, level, signs, top..top + height, p);
                 }
@@ -158,7 +213,12 @@ impl<'a> Sweep<'a> {
         debug_assert_eq!(parts.len(), cut.segments);
         debug_assert!(rows > 0);
         drop(parts);
-        Ok(total.into_inner().unwrap_or_else(PoisonError::into_inner))
+        let (w, squares) = total.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if self.rescaled(squares)? {
+            self.control.expect(self.matrix.bytes());
+            return self.products(v, y, b);
+        }
+        Ok((w, squares))
     }
 
     /// The Krylov space of random blocks of `b` vectors, and what the matrix makes of it.
@@ -250,7 +310,8 @@ impl Space {
 /// The same for any thread count, budget and SIMD level; random numbers are keyed by `seed` and the tensor's name.
 ///
 /// # Errors
-/// [`Error::NonFinite`], [`Error::Io`], [`Error::Cancelled`]; [`Error::Usage`] for a share outside 0 to 1.
+/// [`Error::NonFinite`], [`Error::Io`], [`Error::Cancelled`]; [`Error::Mismatch`] for numbers too large to have a sum of squares;
+/// [`Error::Usage`] for a share outside 0 to 1 and a rank of zero.
 pub fn top(matrix: &Matrix<'_>, rank: Rank, seed: u64, settings: &Settings, control: &Control) -> Result<Triplets> {
     let small = matrix.small();
     if let Rank::Energy(share) | Rank::Error(share) = rank
@@ -258,25 +319,29 @@ pub fn top(matrix: &Matrix<'_>, rank: Rank, seed: u64, settings: &Settings, cont
     {
         return Err(Error::Usage(format!("a share is between 0 and 1, not {share}")));
     }
+    if let Rank::Fixed(r) = rank {
+        some(r)?;
+    }
     let floor = match rank {
         Rank::Noise => Some(floor(matrix, seed, settings, control)?),
         _ => None,
     };
     let sweep = Sweep::new(matrix, settings, control)?;
+    let scaled = |floor: Option<f64>| floor.map(|f| sweep.scale().multiply(f));
     let mut b = match rank {
         Rank::Fixed(r) => r.min(small).div_ceil(2).next_multiple_of(STEP),
         _ => STEP,
     };
     loop {
         if 2 * b * depth(small) > small {
-            let mut all = gram::decompose(matrix, settings, control)?;
-            let r = choose(rank, &all.s, all.squares, floor).unwrap_or(all.s.len());
+            let mut all = gram::decompose(&sweep)?;
+            let r = choose(rank, &all.s, all.squares, scaled(floor)).unwrap_or(all.s.len());
             cut(&mut all, matrix, r);
-            return Ok(Triplets { floor, ..all });
+            return Ok(Triplets { floor, ..sweep.restored(all)? });
         }
         let space = sweep.space(seed, b)?;
         let (values, x) = space.ritz(sweep.level, sweep.threads());
-        let chosen = choose(rank, &values, space.squares, floor);
+        let chosen = choose(rank, &values, space.squares, scaled(floor));
         let enough = match (rank, chosen) {
             (Rank::Fixed(_), _) => true,
             // A block sees no more values that lie close together than it has vectors, and true updates come with such.
@@ -295,8 +360,13 @@ pub fn top(matrix: &Matrix<'_>, rank: Rank, seed: u64, settings: &Settings, cont
         } else {
             space.refined(&sweep, r, seed)?
         };
-        return Ok(Triplets { floor, ..triplets });
+        return Ok(Triplets { floor, ..sweep.restored(triplets)? });
     }
+}
+
+/// Refuses a rank of zero, which is no matrix.
+pub(super) fn some(rank: usize) -> Result<()> {
+    if rank > 0 { Ok(()) } else { Err(Error::Usage("a number of singular triplets is at least 1, not 0".into())) }
 }
 
 /// Bytes of anonymous memory that [`top`] holds at most: for a number of triplets, and for a rule from what few of them take to what all do.
@@ -383,10 +453,11 @@ pub fn floor(matrix: &Matrix<'_>, seed: u64, settings: &Settings, control: &Cont
     let mut sweep = Sweep::new(matrix, settings, control)?;
     sweep.signs = Some(Philox::new(seed, matrix.name, SIGNS));
     if 2 * STEP * depth(matrix.small()) > matrix.small() {
-        return Ok(gram::spectrum_of(&sweep)?.0.first().copied().unwrap_or(0.0));
+        return Ok(gram::spectrum_of(&sweep)?.first().copied().unwrap_or(0.0));
     }
     let space = sweep.space(seed, STEP)?;
-    Ok(space.ritz(sweep.level, sweep.threads()).0.first().copied().unwrap_or(0.0))
+    let (values, _) = space.ritz(sweep.level, sweep.threads());
+    Ok(sweep.restored_values(values)?.first().copied().unwrap_or(0.0))
 }
 
 impl Sweep<'_> {

@@ -10,7 +10,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::bf16::Work;
 use crate::simd::dispatch::{self, LANES, MICRO, join};
-use crate::stream::{BLOCK, Tile, Turn};
+use crate::stream::{BLOCK, Control, Tile, Turn};
 use crate::{Error, Result};
 
 use super::method::{MethodPlan, Shape, Worker};
@@ -112,13 +112,13 @@ impl Gram {
         }))
     }
 
-    fn coefficients(&self, products: Products<'_>) -> Vec<f64> {
-        match self.solver {
+    fn coefficients(&self, products: Products<'_>, control: &Control) -> Result<Vec<f64>> {
+        Ok(match self.solver {
             Solver::Slerp { t, parallel } => slerp(products, t, parallel),
             Solver::Multislerp { eps } => multislerp(products, &self.weights, eps),
-            Solver::Karcher { max_iter, tol } => karcher(products, max_iter, tol),
+            Solver::Karcher { max_iter, tol } => karcher(products, max_iter, tol, control)?,
             Solver::ModelStock { floor } => model_stock(products, floor),
-        }
+        })
     }
 
     pub(super) fn shared_memory(&self) -> u64 {
@@ -247,7 +247,7 @@ impl Gram {
                     of_row.iter_mut().zip(&mut of_block).for_each(|(a, b)| *a += std::mem::take(b));
                 }
                 if ends {
-                    solved.extend(self.coefficients(&square(inputs, |i| of_row[i])));
+                    solved.extend(self.coefficients(&square(inputs, |i| of_row[i]), worker.control)?);
                     of_row.fill(0.0);
                 }
             }
@@ -297,7 +297,7 @@ impl Gram {
     }
 
     /// Coefficients from what was gathered.
-    pub(super) fn solve(&self) -> Result<()> {
+    pub(super) fn solve(&self, control: &Control) -> Result<()> {
         let inputs = self.weights.len();
         let gathered = std::mem::take(&mut *self.gathered.lock().unwrap_or_else(PoisonError::into_inner));
         let solved = match self.unit {
@@ -306,14 +306,14 @@ impl Gram {
                 for block in &gathered {
                     sums.iter_mut().zip(block).for_each(|(a, b)| *a += b);
                 }
-                vec![self.coefficients(&square(inputs, |i| sums[i]))]
+                vec![self.coefficients(&square(inputs, |i| sums[i]), control)?]
             }
             Unit::Row(_) => gathered,
             Unit::Column(columns) => {
                 let mut solved = vec![vec![0.0; columns as usize]; inputs];
                 if !gathered.is_empty() {
                     for column in 0..columns as usize {
-                        let found = self.coefficients(&square(inputs, |i| gathered[i][column]));
+                        let found = self.coefficients(&square(inputs, |i| gathered[i][column]), control)?;
                         solved.iter_mut().zip(found).for_each(|(s, c)| s[column] = c);
                     }
                 }
@@ -465,11 +465,11 @@ fn multislerp(products: Products<'_>, weights: &[f64], eps: f64) -> Vec<f64> {
 
 /// The Riemannian mean of the unit vectors, times the mean of their norms; every step is one of coefficients (Karcher, "Riemannian
 /// center of mass and mollifier smoothing", 1977). Zero vectors take no part.
-fn karcher(products: Products<'_>, max_iter: usize, tol: f64) -> Vec<f64> {
+fn karcher(products: Products<'_>, max_iter: usize, tol: f64, control: &Control) -> Result<Vec<f64>> {
     let norms = norms(products);
     let count = norms.iter().filter(|&&n| n != 0.0).count() as f64;
     if count == 0.0 {
-        return vec![0.0; norms.len()];
+        return Ok(vec![0.0; norms.len()]);
     }
     let cosines = directions(products);
     let weights: Vec<f64> = norms.iter().map(|&n| if n == 0.0 { 0.0 } else { 1.0 / count }).collect();
@@ -482,6 +482,9 @@ fn karcher(products: Products<'_>, max_iter: usize, tol: f64) -> Vec<f64> {
         weights.iter().map(|w| w / size).collect()
     };
     for _ in 0..max_iter {
+        if control.cancelled() {
+            return Err(Error::Cancelled);
+        }
         let tangent = mean_logarithm(&cosines, &mean, &weights);
         let step = length(&cosines, &tangent);
         if step < tol {
@@ -489,12 +492,18 @@ fn karcher(products: Products<'_>, max_iter: usize, tol: f64) -> Vec<f64> {
         }
         let ahead = if step == 0.0 { 1.0 } else { step.sin() / step };
         let cosine = step.cos();
-        mean.iter_mut().zip(&tangent).for_each(|(m, x)| *m = cosine * *m + ahead * x);
-        let size = length(&cosines, &mean);
-        mean.iter_mut().for_each(|m| *m /= size);
+        let mut next: Vec<f64> = mean.iter().zip(&tangent).map(|(m, x)| cosine * m + ahead * x).collect();
+        let size = length(&cosines, &next);
+        next.iter_mut().for_each(|m| *m /= size);
+        // From where it stays it will not go on: without a tolerance this is the only end but the last step.
+        let stays = mean.iter().zip(&next).all(|(a, b)| a.to_bits() == b.to_bits());
+        mean = next;
+        if stays {
+            break;
+        }
     }
     let scale = norms.iter().fold(0.0, |sum, n| sum + n) / norms.len() as f64;
-    mean.iter().zip(&norms).map(|(c, &n)| if n == 0.0 { 0.0 } else { scale * c / n }).collect()
+    Ok(mean.iter().zip(&norms).map(|(c, &n)| if n == 0.0 { 0.0 } else { scale * c / n }).collect())
 }
 
 /// The weighted sum of the logarithms of the unit vectors at the mean: each is `q / sin q (v_i - cos q m)`.
@@ -529,8 +538,24 @@ mod tests {
         let half = std::f64::consts::FRAC_1_SQRT_2;
         assert!(near(&slerp(&right_angle(), 0.5, 0.9995), &[half, half]));
         assert!(near(&multislerp(&right_angle(), &[0.5, 0.5], 1e-8), &[1.5 * half / 2.0, 1.5 * half]));
-        assert!(near(&karcher(&right_angle(), 10, 1e-5), &[1.5 * half / 2.0, 1.5 * half]));
+        let mean = karcher(&right_angle(), 10, 1e-5, &Control::default()).expect("not cancelled");
+        assert!(near(&mean, &[1.5 * half / 2.0, 1.5 * half]));
         assert!(near(&model_stock(&right_angle(), 0.0), &[0.0, 0.0]));
+    }
+
+    /// Three unit vectors at these cosines, of other lengths.
+    fn uneven() -> Vec<Vec<f64>> {
+        vec![vec![1.0, 0.6, 0.9], vec![0.6, 4.0, 0.3], vec![0.9, 0.3, 9.0]]
+    }
+
+    #[test]
+    fn the_mean_ends_where_it_stays() {
+        // Without the ends, days.
+        let control = Control::default();
+        let ended = karcher(&right_angle(), usize::MAX, 0.0, &control).expect("not cancelled");
+        assert_eq!(ended, karcher(&right_angle(), 1000, 0.0, &control).expect("not cancelled"));
+        control.cancel();
+        assert!(matches!(karcher(&uneven(), usize::MAX, 0.0, &control), Err(Error::Cancelled)));
     }
 
     #[test]

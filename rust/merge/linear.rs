@@ -240,7 +240,8 @@ fn blame<O: Element, W: Work>(job: &Job, level: Level, from: u64, out: &[u8], t:
         Ok(Some(error)) | Err(error) => error,
         Ok(None) => {
             let i = out.chunks_exact(O::SIZE).position(|o| !O::load(o).finite()).unwrap_or(0);
-            let path = job.target.as_ref().map(|(_, t)| t.map().path().to_path_buf()).unwrap_or_default();
+            let term = || job.terms.first().map(crate::operand::Term::path).unwrap_or_default();
+            let path = job.target.as_ref().map_or_else(term, |(_, t)| t.map().path().to_path_buf());
             let value = format!("{} after the update", (t[i] + u[i]).to_f64());
             Error::NonFinite { path, tensor: job.name.clone(), index: from + i as u64, value, advice: OVERFLOW }
         }

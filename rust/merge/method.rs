@@ -500,9 +500,9 @@ impl Method {
     }
 
     /// Called once, when the last tile of a measuring stage is through.
-    pub(super) fn solve(&self, stage: usize) -> Result<()> {
+    pub(super) fn solve(&self, stage: usize, control: &Control) -> Result<()> {
         match self {
-            Self::Gram(g) => g.solve(),
+            Self::Gram(g) => g.solve(control),
             Self::Mask(m) => m.solve(stage),
             Self::Spectral(_) => Ok(()),
         }

@@ -184,7 +184,7 @@ pub fn apply(plan: &ApplyPlan, operands: Operands<'_>, control: &Control) -> Res
         let Run { done, whole, .. } = run;
         // Ends the finisher when shards are missing.
         drop(whole);
-        let finished = finisher.join().unwrap_or(Err(Error::Cancelled));
+        let finished = finisher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         match (finished, passed) {
             (Err(e), _) | (Ok(()), Err(e)) => Err(e),
             (Ok(()), Ok(())) => Ok(done),
@@ -327,7 +327,7 @@ impl Run<'_> {
         }
         if self.left[tile.tensor].fetch_sub(1, Ordering::AcqRel) == 1 {
             if !method.skips(visit.stage) {
-                method.solve(visit.stage)?;
+                method.solve(visit.stage, self.control)?;
             }
             self.gates.open(visit);
         }

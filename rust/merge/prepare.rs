@@ -177,6 +177,9 @@ pub(super) struct Prepared {
 pub(super) fn prepare(plan: &ApplyPlan, operands: Operands<'_>) -> Result<Prepared> {
     let mut jobs = Vec::new();
     let (mut headers, mut lengths) = (Vec::new(), Vec::new());
+    // The journal, and what is done, go by names.
+    crate::plan::distinct(plan.shards.iter().map(|s| s.file.as_str()))?;
+    crate::plan::distinct(plan.shards.iter().flat_map(|s| &s.tensors).map(|t| t.name.as_str()))?;
     for (shard, shard_plan) in plan.shards.iter().enumerate() {
         if !crate::store::checkpoint::is_plain_name(&shard_plan.file) {
             return Err(Error::Usage(format!("{:?} is no plain file name", shard_plan.file)));

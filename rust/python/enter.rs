@@ -32,7 +32,7 @@ pub(super) fn enter<R: Send>(
     let receive = std::sync::Mutex::new(receive);
     std::thread::scope(|scope| {
         let control = &control;
-        scope.spawn(move || {
+        let worker = scope.spawn(move || {
             // Nobody listens any more only if the caller's thread is gone.
             let _ = send.send(work(control));
         });
@@ -65,6 +65,8 @@ pub(super) fn enter<R: Send>(
                 }
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
                 Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    // Joined here, its panic does not become that of the scope.
+                    let _ = py.detach(|| worker.join());
                     return Err(PyRuntimeError::new_err(
                         "the core stopped unexpectedly; please report this with the message above",
                     ));

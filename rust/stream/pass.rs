@@ -44,11 +44,25 @@ impl Control {
 /// Tiles between the one that is worked on and the one that is asked for: a few MiB of every input, what keeps a disk busy.
 const AHEAD: usize = 16;
 
+/// Stops the others when a worker panics: somebody may wait for the tile that it was on.
+struct Watch<'a>(&'a Control);
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.cancel();
+        }
+    }
+}
+
 /// Runs `work` on every tile, on up to `threads` threads, each with a scratch of its own; `ahead` is called for a tile that will be
 /// taken soon.
 ///
 /// # Errors
 /// The error of the earliest tile that failed, whichever thread found it; [`Error::Cancelled`] if asked to stop.
+///
+/// # Panics
+/// If a worker does, when all of them have stopped.
 pub fn run<S>(
     grid: &Grid,
     threads: usize,
@@ -61,6 +75,7 @@ pub fn run<S>(
     let failed = AtomicBool::new(false);
     let first: Mutex<Option<(usize, Error)>> = Mutex::new(None);
     let worker = || {
+        let _watch = Watch(control);
         if let Err(e) = subnormals_are_kept() {
             failed.store(true, Ordering::Relaxed);
             first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert((0, e));
@@ -151,5 +166,50 @@ impl Turn {
         self.broken.store(true, Ordering::Relaxed);
         drop(self.next.lock());
         self.moved.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+    use crate::select::Order;
+    use crate::stream::{BLOCK, Gates, Visit};
+
+    /// Whether a run ends, by the panic of the worker of tile 1, while the others `wait`.
+    fn ends(threads: usize, wait: impl Fn(usize, &Control) -> Result<()> + Sync) -> bool {
+        let (control, grid) = (Control::default(), Grid::new(vec![6 * BLOCK], 1));
+        let work = |_: &mut (), i: usize, _: &Tile| {
+            assert!(i != 1, "tile 1");
+            wait(i, &control)
+        };
+        let ran = catch_unwind(AssertUnwindSafe(|| run(&grid, threads, &control, || (), |_| {}, work)));
+        ran.is_err() && control.cancelled()
+    }
+
+    #[test]
+    fn a_worker_that_panics_ends_the_run() {
+        for threads in [1, 2, 4] {
+            let turn = Turn::default();
+            assert!(ends(threads, |i, control| turn.take(i, control, || Ok(()))));
+            let gates = Gates::new(1);
+            assert!(ends(threads, |i, control| gates.wait(Visit { tensor: 0, stage: i }, control)));
+            let order = Order::new(1);
+            assert!(ends(threads, |i, control| order.pass(i as u64, &[1], control).map(|_| ())));
+        }
+    }
+
+    #[test]
+    fn a_turn_that_panics_ends_the_run() {
+        let turn = Turn::default();
+        let (control, grid) = (Control::default(), Grid::new(vec![6 * BLOCK], 1));
+        let work = |_: &mut (), i: usize, _: &Tile| {
+            turn.take(i, &control, || {
+                assert!(i != 1, "turn 1");
+                Ok(())
+            })
+        };
+        assert!(catch_unwind(AssertUnwindSafe(|| run(&grid, 3, &control, || (), |_| {}, work))).is_err());
     }
 }

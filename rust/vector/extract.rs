@@ -140,6 +140,7 @@ fn factors(t: &ExtractTensor, refs: &[Ref], operands: Operands<'_>) -> Result<Fa
 }
 
 fn prepare(plan: &ExtractPlan, operands: Operands<'_>) -> Result<Vec<Job>> {
+    crate::plan::distinct(plan.tensors.iter().map(|t| t.name.as_str()))?;
     let mut jobs = Vec::with_capacity(plan.tensors.len());
     for t in &plan.tensors {
         let dtype = dtype(&t.dtype, &t.name)?;
@@ -361,7 +362,7 @@ impl<'a> Run<'a> {
         let shuffled = job.terms.iter().any(|t| matches!(t.substitute, Some(Substitute::Shuffle { .. })));
         let span = if shuffled { BLOCK } else { MICRO as u64 };
         let spans = job.elements.div_ceil(span);
-        let taken = spans.min(SAMPLE / span);
+        let taken = spans.min((SAMPLE / span).max(1));
         buffer.resize(buffer.len().max(span as usize), W::ZERO);
         for k in 0..taken {
             let start = k * spans / taken * span;

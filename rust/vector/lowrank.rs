@@ -37,8 +37,8 @@ pub fn product([u, s, v]: [TensorView; 3], shape: &[u64]) -> Result<Product> {
         )));
     }
     let weights: Vec<f64> = s.read()?.chunks_exact(8).map(f64::load).collect();
-    if let Some(w) = weights.iter().find(|w| !w.is_finite()) {
-        return Err(bad(format!("s holds {w}")));
+    if let Some(i) = weights.iter().position(|w| !w.is_finite()) {
+        return Err(bad(format!("s holds {} at {i}", weights[i])));
     }
     match matrices {
         None => Product::new(u, Some(v), false, weights, 1.0, shape).map_err(bad),

@@ -403,6 +403,31 @@ def test_a_vector_from_an_adapter_is_the_adapter(
         from_lora(2.0 * vector, tmp_path / "w")
 
 
+def test_factors_that_float32_does_not_hold(family: Family, tmp_path: Path) -> None:
+    """What is not finite is named with its file; what only looks large or small is taken."""
+    stem = "base_model.model.model.layers.1.self_attn.q_proj"
+    draw = np.random.default_rng(0)
+    a, b = draw.normal(size=(2, 64)), draw.normal(size=(64, 2))
+
+    def adapter(name: str, a: NDArray[np.floating], b: NDArray[np.floating]) -> rv.Vector:
+        factors = {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+        return rv.adapter(adapter_folder(tmp_path / name, family.sft, tensors=factors))
+
+    broken = a.astype(np.float32)
+    broken[0, 5] = np.nan
+    with pytest.raises(rv.NonFiniteError, match=r"(?s)adapter_model.*q_proj.*element 5 is NaN"):
+        adapter("nan", broken, b.astype(np.float32)).compress(tmp_path / "v", rank=2)
+    large = adapter("large", (a * 1e30).astype(np.float32), (b * 1e30).astype(np.float32))
+    with pytest.raises(rv.NonFiniteError, match=r"(?s)adapter_model.*q_proj.*element 0 is -?inf"):
+        large.compress(tmp_path / "v", rank=2)
+    for power in (-60, 60):
+        scaled = adapter(str(power), a * 10.0**power, b * 10.0**power)
+        report = scaled.compress(tmp_path / f"v{power}", rank=2)
+        assert [(row.rank, row.encoding) for row in report.compressed] == [(2, "lowrank")]
+        assert report.residual <= 1e-6 * report.norm
+        assert report.norm == pytest.approx(2 * 100.0**power * np.linalg.norm(b @ a), rel=1e-6)
+
+
 def test_an_exported_adapter_is_the_low_rank_vector(
     reason: rv.Vector, family: Family, tmp_path: Path
 ) -> None:

@@ -265,6 +265,95 @@ def test_numbers_that_make_no_sense_are_told(tmp_path: Path) -> None:
     assert len(point.spectrum(count=1 << 64).tensors[0].values) == 7
 
 
+@pytest.mark.parametrize("shape", [(256, 224), (224, 300), (40, 12)])
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        ("F32", 1e-22),
+        ("F32", 1e-30),
+        ("F32", 1e-40),
+        ("F32", 1e18),
+        ("F32", 1e36),
+        ("F64", 1e-60),
+        ("F64", 1e-170),
+        ("F64", 1e-310),
+        ("F64", 1e100),
+    ],
+)
+def test_any_scale_is_decomposed_as_scale_one(
+    tmp_path: Path, shape: tuple[int, int], dtype: Literal["F32", "F64"], scale: float
+) -> None:
+    draw = np.random.default_rng(1)
+    a = draw.standard_normal((shape[0], 4)) @ draw.standard_normal((4, shape[1]))
+    a = (a + 0.05 * draw.standard_normal(shape)) * scale
+    stored = a.astype(np.float32 if dtype == "F32" else np.float64)
+    model = write(tmp_path, {NAME: (dtype, stored)})
+    a = stored.astype(np.float64)
+    # At one, so that NumPy has no trouble with it.
+    unit = a / scale
+    values = np.linalg.svd(unit, compute_uv=False)
+    top = model.svd(NAME, rank=8)
+    assert np.asarray(top.s) / scale == pytest.approx(values[:8], rel=1e-3)
+    left = unit - (np.asarray(top.u, float) * (np.asarray(top.s) / scale)) @ np.asarray(top.vt)
+    assert np.linalg.norm(left) <= 1.01 * np.sqrt((values[8:] ** 2).sum())
+    assert top.residual / scale == pytest.approx(np.linalg.norm(left), rel=1e-3)
+    noise = model.svd(NAME, rank="auto")
+    assert noise.floor is not None
+    assert values[4] < noise.floor / scale < values[0]
+    assert noise.rank == (values > noise.floor / scale).sum()
+    assert model.svd(NAME, energy=0.9).rank == 1 + int(
+        np.searchsorted(np.cumsum(values**2), 0.9 * (values**2).sum())
+    )
+    bottom = model.svd(NAME, rank=3, which="bottom")
+    assert np.asarray(bottom.s) / scale == pytest.approx(values[-3:], rel=1e-4)
+    (row,) = model.spectrum(count=None).tensors
+    assert np.asarray(row.values) / scale == pytest.approx(values, rel=1e-4)
+
+
+def test_a_power_of_two_changes_no_bit_but_the_values(tmp_path: Path) -> None:
+    draw = np.random.default_rng(2)
+    a = draw.standard_normal((260, 230))
+    # Between 1 and 2 at most, which is where numbers of unusual size are brought.
+    a = (a / (0.6 * np.abs(a).max())).astype(np.float32)
+    usual = write(tmp_path / "a", {NAME: ("F32", a)}).svd(NAME, rank=5)
+    for power in (-70, 90):
+        found = write(tmp_path / f"{power}", {NAME: ("F32", np.ldexp(a, power))}).svd(NAME, rank=5)
+        assert np.asarray(found.u).tobytes() == np.asarray(usual.u).tobytes()
+        assert np.asarray(found.vt).tobytes() == np.asarray(usual.vt).tobytes()
+        assert (np.asarray(found.s) == np.ldexp(np.asarray(usual.s), power)).all()
+        assert found.residual == np.ldexp(usual.residual, power)
+
+
+def test_what_f64_does_not_hold_is_refused_by_name(tmp_path: Path) -> None:
+    draw = np.random.default_rng(3)
+    model = write(tmp_path, {NAME: ("F64", 1e160 * draw.standard_normal((250, 230)))})
+    for find in (
+        lambda: model.svd(NAME, rank=4),
+        lambda: model.svd(NAME, rank=4, which="bottom"),
+        lambda: model.spectrum(count=None),
+    ):
+        with pytest.raises(rv.MismatchError, match=NAME):
+            find()
+
+
+def test_no_triplets_are_refused(tmp_path: Path) -> None:
+    single(tmp_path, np.ones((250, 230)))
+    handle = core.Checkpoint(tmp_path)
+    plan: dict[str, object] = {
+        "name": NAME,
+        "shape": [250, 230],
+        "seed": 0,
+        "settings": settings({}),
+    }
+    plan["terms"] = [{"coefficient": 1.0, "source": {"tensor": {"operand": 0, "name": NAME}}}]
+    for which in ("top", "bottom"):
+        request = json.dumps(plan | {"rank": {"fixed": 0}, "which": which})
+        with pytest.raises(rv.ReasonvecError, match="at least 1"):
+            core.svd(request, [handle], None, False)
+    with pytest.raises(rv.ReasonvecError, match="at least 1"):
+        core.spectrum(json.dumps(plan | {"count": 0, "floor": False}), [handle], None)
+
+
 def test_nan_is_named(tmp_path: Path) -> None:
     for shape in ((300, 260), (260, 300)):
         a = np.ones(shape)

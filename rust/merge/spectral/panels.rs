@@ -15,6 +15,9 @@ use crate::merge::method::Worker;
 use crate::merge::points::Opened;
 use crate::merge::prepare::Job;
 
+/// What to do where NaN may pass and still is in the way.
+const NEEDED: &str = "a matrix has singular values only if its numbers are finite, whatever else may pass; fix the checkpoint, or leave the tensor out with --exclude";
+
 /// Rows of a panel.
 pub(super) const PANEL: usize = 256;
 
@@ -98,7 +101,13 @@ impl<'a, W: Work> Panels<'a, W> {
         for (i, into) in into.iter_mut().enumerate().filter(|(_, into)| !into.is_empty()) {
             if !points.input(i, input, base, elements)? {
                 // Not even where NaN may pass: there is no singular value of it.
-                return Err(blame_input::<W>(self.job, self.level(), elements.clone(), self.worker.pool));
+                return Err(match blame_input::<W>(self.job, self.level(), elements.clone(), self.worker.pool) {
+                    Error::NonFinite { path, tensor, index, value, advice } => {
+                        let advice = if self.worker.allow_nonfinite { NEEDED } else { advice };
+                        Error::NonFinite { path, tensor, index, value, advice }
+                    }
+                    other => other,
+                });
             }
             into[at..at + n].iter_mut().zip(&*input).for_each(|(o, x)| *o = x.to_f64());
         }
