@@ -568,13 +568,12 @@ def test_the_commands(family: Family, tmp_path: Path) -> None:
     assert CliRunner().invoke(main, command).exit_code == 2
 
 
-@pytest.mark.parametrize(
-    ("number", "said"), [(np.nan, "NaN"), (1e60, "beyond float32"), (np.inf, "infinity")]
-)
+@pytest.mark.parametrize(("number", "said"), [(np.nan, "is NaN"), (1e60, None), (np.inf, "is inf")])
 def test_factors_that_are_no_numbers_make_no_adapter(
-    family: Family, tmp_path: Path, number: float, said: str
+    family: Family, tmp_path: Path, number: float, said: str | None
 ) -> None:
-    """Nothing is written, and what is to blame is named."""
+    """Nothing is written, and what is to blame is named. What only an adapter cannot hold may be
+    compressed."""
     module = "base_model.model.model.layers.0.self_attn.q_proj"
     tensors = {
         f"{module}.lora_A.weight": np.ones((2, 64)),
@@ -583,8 +582,12 @@ def test_factors_that_are_no_numbers_make_no_adapter(
     folder = adapter_folder(tmp_path / "a", family.sft, tensors=tensors)
     vector = rv.adapter(folder, rv.open(family.sft))
     name = "model.layers.0.self_attn.q_proj.weight"
-    with pytest.raises(rv.NonFiniteError, match=f"{name}.*{said}|{said}.*{name}"):
-        vector.compress(tmp_path / "low", rank=1)
+    if said is None:
+        report = vector.compress(tmp_path / "low", rank=1)
+        assert [row.residual < 1e-6 * row.norm for row in report.rows if row.name == name] == [True]
+    else:
+        with pytest.raises(rv.NonFiniteError, match=f"{name}.*{said}"):
+            vector.compress(tmp_path / "low", rank=1)
     with pytest.raises(rv.NonFiniteError, match=name):
         vector.to_lora(tmp_path / "lora", rank=1)
     assert not list((tmp_path / "lora").glob("*"))
