@@ -186,8 +186,9 @@ def _write(
                     continue
                 ranks[module] = found.rank
                 root = np.sqrt(found.s)
-                b = (found.u * root).astype(np.float32)
-                a = (root[:, None] * found.v).astype(np.float32)
+                with np.errstate(over="ignore"):
+                    b = (found.u * root).astype(np.float32)
+                    a = (root[:, None] * found.v).astype(np.float32)
                 if not (np.isfinite(a).all() and np.isfinite(b).all()):
                     message = f"{tensor.name}: its factors are beyond float32, which adapters have"
                     raise NonFiniteError(message)
