@@ -41,7 +41,7 @@ REASONVEC = Path(sysconfig.get_path("scripts")) / "reasonvec"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 MIB = 2**20
 NAME = "weight"
-ROWS = ("top", "bottom", "lora", "large", "noise")
+ROWS = ("top", "bottom", "large", "noise", "lora")
 TOP = {"8960 x 1536": 8, "18944 x 3584": 8}
 BOTTOM = ("8960 x 1536", "3584 x 3584")
 LARGE = "28672 x 8192"
@@ -261,20 +261,25 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     bench = Spectral(quick=asked.quick, rounds=1 if asked.quick else asked.rounds)
-    rows = [row for name in asked.only or ROWS for row in getattr(bench, name)()]
+    rows: list[Row] = []
+    for name in asked.only or ROWS:
+        rows += getattr(bench, name)()
+        # Again after each part: mergekit takes minutes, and a run that is cut keeps the rest.
+        if not asked.quick and not asked.only:
+            save(rows, bench)
     table.show(rows, bench.seconds)
-    if not asked.quick and not asked.only:
-        facts: dict[str, object] = {
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "rounds": asked.rounds,
-            "medians": {name: median(values) for name, values in bench.seconds.items()},
-        }
-        notes = (
-            "torch has the delta in memory; reasonvec reads two checkpoints from the page cache."
-        )
-        title = "The spectral engine beside torch"
-        table.save(RESULTS, "spectral", title, notes, facts, rows, bench.seconds)
+
+
+def save(rows: list[Row], bench: Spectral) -> None:
+    facts: dict[str, object] = {
+        "machine": table.machine(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "rounds": bench.rounds,
+    }
+    notes = "torch has the delta in memory; reasonvec reads two checkpoints from the page cache."
+    title = "The spectral engine beside torch"
+    table.save(RESULTS, "spectral", title, notes, facts, rows, bench.seconds)
 
 
 if __name__ == "__main__":
