@@ -107,13 +107,15 @@ class Spectral:
         p, n = (load_file(folder / role / "model.safetensors")[NAME] for role in ("p", "n"))
         return p.float() - n.float()
 
-    def turns(self, *ways: tuple[str, Callable[[], object]]) -> None:
+    def turns(self, *ways: tuple[str, Callable[[], object]], least: int = 1) -> None:
         """Time ways of doing one thing, round by round, after one round that does not count."""
         for _, way in ways:
             way()
-        for number in range(self.rounds):
+        for number in range(max(self.rounds, least)):
             for name, way in ways if number % 2 else ways[::-1]:
                 self.console.log(f"round {number + 1}: {name}")
+                # The threads of the one before go on spinning for a while.
+                time.sleep(0.5)
                 start = time.perf_counter()
                 way()
                 self.seconds.setdefault(name, []).append(time.perf_counter() - start)
@@ -135,6 +137,8 @@ class Spectral:
             self.turns(
                 (ours, partial(vector.svd, NAME, rank=32)),
                 (theirs, partial(torch.svd_lowrank, delta, q=40, niter=2)),
+                # Tenths of a second, which scatter.
+                least=15,
             )
             middle, least, most = ratio(self.seconds[theirs], self.seconds[ours])
             detail = f"{least:.2f} to {most:.2f} within a round"

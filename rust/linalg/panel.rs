@@ -178,15 +178,22 @@ pub(super) fn read_rows<W: Work>(
     Ok(squares)
 }
 
-/// [`read_rows`] in f32: what is summed in f64 is rounded.
+/// [`read_rows`] in f32: what is summed in f64 is rounded. Rows that were `looked` at before are taken as they are: their sum is not made again.
 pub(super) fn read_single(
     (matrix, scale): (&Matrix<'_>, Scale),
     level: Level,
     rows: Range<usize>,
+    looked: bool,
     scratch: &mut (Scratch<f32>, Scratch<f64>),
     into: &mut [f32],
 ) -> Result<f64> {
     if !matrix.is_double() {
+        if looked {
+            let n = matrix.columns as u64;
+            read_elements(matrix, level, rows.start as u64 * n..rows.end as u64 * n, &mut scratch.0, into)?;
+            scale.apply(into);
+            return Ok(0.0);
+        }
         return read_rows((matrix, scale), level, rows, &mut scratch.0, into);
     }
     let mut wide = std::mem::take(&mut scratch.1.wide);

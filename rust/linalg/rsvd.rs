@@ -38,7 +38,7 @@ const PANEL: usize = 3 << 16;
 /// Bytes that reading takes a worker, about.
 const SCRATCH: u64 = 1 << 20;
 /// Sums over rows go in at most so many parts.
-const SEGMENTS: usize = 32;
+const SEGMENTS: usize = 64;
 /// Singular values below this share of the first are not read off squares.
 const CLEAR: f64 = 0.02;
 
@@ -79,6 +79,8 @@ pub(super) struct Sweep<'a> {
     signs: Option<Philox>,
     /// Known after the first reading.
     scale: OnceLock<Scale>,
+    /// The sum of squares at that scale, which the first whole reading makes.
+    squares: OnceLock<f64>,
 }
 
 /// What a worker of a sweep holds.
@@ -91,7 +93,15 @@ struct Worker {
 
 impl<'a> Sweep<'a> {
     pub(super) fn new(matrix: &'a Matrix<'a>, settings: &'a Settings, control: &'a Control) -> Result<Self> {
-        Ok(Self { matrix, level: Level::current()?, settings, control, signs: None, scale: OnceLock::new() })
+        Ok(Self {
+            matrix,
+            level: Level::current()?,
+            settings,
+            control,
+            signs: None,
+            scale: OnceLock::new(),
+            squares: OnceLock::new(),
+        })
     }
 
     /// Threads for work in memory.
@@ -156,7 +166,7 @@ impl<'a> Sweep<'a> {
     fn products(&self, v: &[f32], y: &mut [f32], b: usize) -> Result<(Vec<f64>, f64)> {
         let Matrix { rows, columns: n, .. } = *self.matrix;
         let cut = Cut::new(self.matrix);
-        let (level, scale) = (self.level, self.scale());
+        let (level, scale, known) = (self.level, self.scale(), self.squares.get().copied());
         let held = 4 * (n * (cut.height + b) + 2 * cut.height * b) as u64;
         let threads = self.threads().min((self.settings.memory_budget / held).max(1) as usize);
         let parts: Vec<Mutex<&mut [f32]>> = y.chunks_mut(cut.per_segment * cut.height * b).map(Mutex::new).collect();
@@ -173,7 +183,8 @@ impl<'a> Sweep<'a> {
                 let top = first + i * cut.height;
                 let height = y.len() / b;
                 let p = &mut worker.panel[..height * n];
-                squares += panel::read_single((self.matrix, scale), level, top..top + height, &mut worker.scratch, p)?;
+                let (rows, looked) = (top..top + height, known.is_some());
+                squares += panel::read_single((self.matrix, scale), level, rows, looked, &mut worker.scratch, p)?;
                 if let Some(signs) = self.signs {
                     panel::flip(self.matrix, level, signs, top..top + height, p);
                 }
@@ -214,11 +225,14 @@ impl<'a> Sweep<'a> {
         debug_assert!(rows > 0);
         drop(parts);
         let (w, squares) = total.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = known {
+            return Ok((w, known));
+        }
         if self.rescaled(squares)? {
             self.control.expect(self.matrix.bytes());
             return self.products(v, y, b);
         }
-        Ok((w, squares))
+        Ok((w, *self.squares.get_or_init(|| squares)))
     }
 
     /// The Krylov space of random blocks of `b` vectors, and what the matrix makes of it.
