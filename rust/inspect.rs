@@ -192,14 +192,13 @@ fn measure_block<W: Work>(
         }
     }
     let mut sum = Measured::new(name, k);
-    let mut bits = [0u8; MICRO / 8];
     let mut start = 0;
     while start < n {
         let end = (start + MICRO).min(n);
         let mut here = Measured::new("", k);
         for i in 0..k {
             let x = &buffers[i][start..end];
-            let Extent { max, moved, finite, squares } = dispatch::extent(level, &mut bits, x);
+            let Extent { max, moved, finite, squares } = dispatch::extent(level, x);
             if !finite && !allow_nonfinite {
                 let at = range.start + start as u64..range.start + end as u64;
                 if let Some(error) = first_nonfinite::<W>(name, &[], &job.quantities[i], level, at, pool)? {

@@ -26,6 +26,9 @@ use super::method::{Method, Worker};
 use super::points::Update;
 use super::prepare::{ApplyPlan, Job, Prepared, prepare, share_budget};
 
+/// Shards that are under way at a time: systems let one write into a file at a time, and two workers in one shard wait for each other.
+const LANES: usize = 4;
+
 /// What became of a tensor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Done {
@@ -130,7 +133,11 @@ pub fn apply(plan: &ApplyPlan, operands: Operands<'_>, control: &Control) -> Res
     // Syncing a shard waits for the disk; the workers go on with the next one.
     let (whole, to_finish) = std::sync::mpsc::channel();
     let visits = visits(&todo.iter().map(|j| j.stages()).collect::<Vec<_>>());
-    let grid = Grid::new(visits.iter().map(|v| todo[v.tensor].elements).collect(), budget.blocks_per_tile);
+    // Stages of a tensor stay close together; where there is one of each, workers take turns between shards.
+    let staged = visits.len() > todo.len();
+    let lane = |visit: usize| if staged { 0 } else { todo[visits[visit].tensor].shard % LANES };
+    let lengths = visits.iter().map(|v| todo[v.tensor].elements).collect();
+    let grid = Grid::in_lanes(lengths, budget.blocks_per_tile, lane);
     let run = Run {
         plan,
         gates: Gates::new(todo.len()),

@@ -20,26 +20,49 @@ pub struct Tile {
 pub struct Grid {
     per_tile: u64,
     lengths: Vec<u64>,
-    /// Tiles before each tensor, and the total.
+    lanes: Vec<Lane>,
+}
+
+/// Tensors whose tiles come one after the other, in turns with those of other lanes.
+#[derive(Debug, Default)]
+struct Lane {
+    tensors: Vec<usize>,
+    /// Tiles before each of them, and behind the last.
     starts: Vec<usize>,
+}
+
+impl Lane {
+    fn tiles(&self) -> usize {
+        self.starts.last().copied().unwrap_or(0)
+    }
 }
 
 impl Grid {
     /// The grid over tensors of these lengths. A tensor without elements has one empty tile, so that it is visited too.
     pub fn new(lengths: Vec<u64>, blocks_per_tile: u64) -> Self {
+        Self::in_lanes(lengths, blocks_per_tile, |_| 0)
+    }
+
+    /// [`new`](Self::new), with the tensors in lanes whose tiles take turns, so that workers are on different ones.
+    pub fn in_lanes(lengths: Vec<u64>, blocks_per_tile: u64, lane: impl Fn(usize) -> usize) -> Self {
         let per_tile = blocks_per_tile.max(1) * BLOCK;
-        let mut starts = vec![0];
-        let mut total = 0;
-        for n in &lengths {
-            total += n.div_ceil(per_tile).max(1) as usize;
-            starts.push(total);
+        let mut grid = Self { per_tile, lengths, lanes: Vec::new() };
+        for tensor in 0..grid.lengths.len() {
+            let lane = lane(tensor);
+            if lane >= grid.lanes.len() {
+                grid.lanes.resize_with(lane + 1, || Lane { tensors: Vec::new(), starts: vec![0] });
+            }
+            let tiles = grid.tiles_of(tensor);
+            let lane = &mut grid.lanes[lane];
+            lane.starts.push(lane.tiles() + tiles);
+            lane.tensors.push(tensor);
         }
-        Self { per_tile, lengths, starts }
+        grid
     }
 
     /// Number of tiles.
     pub fn len(&self) -> usize {
-        self.starts[self.lengths.len()]
+        self.lanes.iter().map(Lane::tiles).sum()
     }
 
     /// Whether there are none.
@@ -49,14 +72,30 @@ impl Grid {
 
     /// Tiles of one tensor.
     pub fn tiles_of(&self, tensor: usize) -> usize {
-        self.starts[tensor + 1] - self.starts[tensor]
+        self.lengths[tensor].div_ceil(self.per_tile).max(1) as usize
     }
 
     /// The tile of a number.
     pub fn tile(&self, i: usize) -> Tile {
-        let tensor = self.starts.partition_point(|&s| s <= i) - 1;
-        let start = (i - self.starts[tensor]) as u64 * self.per_tile;
+        let (lane, i) = self.place(i);
+        let k = lane.starts.partition_point(|&s| s <= i) - 1;
+        let (tensor, start) = (lane.tensors[k], (i - lane.starts[k]) as u64 * self.per_tile);
         Tile { tensor, elements: start..(start + self.per_tile).min(self.lengths[tensor]) }
+    }
+
+    /// A tile's lane, and which of its tiles it is. Lanes take turns for as long as they have tiles.
+    fn place(&self, mut i: usize) -> (&Lane, usize) {
+        let mut turns = 0;
+        loop {
+            let going = || self.lanes.iter().filter(|lane| lane.tiles() > turns);
+            let shortest = going().map(Lane::tiles).min().expect("a number below len()");
+            let tiles = (shortest - turns) * going().count();
+            if let (true, Some(lane)) = (i < tiles, going().nth(i % going().count().max(1))) {
+                return (lane, turns + i / going().count());
+            }
+            i -= tiles;
+            turns = shortest;
+        }
     }
 }
 
@@ -86,6 +125,24 @@ mod tests {
                 at[tile.tensor] = tile.elements.end;
             }
             prop_assert_eq!(at, lengths);
+        }
+
+        #[test]
+        fn lanes_take_turns_and_leave_nothing_out(tensors in prop::collection::vec((0u64..3_000_000, 0usize..4), 1..8)) {
+            let grid = Grid::in_lanes(tensors.iter().map(|t| t.0).collect(), 1, |i| tensors[i].1);
+            let mut at = vec![0u64; tensors.len()];
+            let mut lanes: [Vec<usize>; 4] = Default::default();
+            for i in 0..grid.len() {
+                let tile = grid.tile(i);
+                prop_assert_eq!(tile.elements.start, at[tile.tensor]);
+                at[tile.tensor] = tile.elements.end;
+                lanes[tensors[tile.tensor].1].push(i);
+            }
+            prop_assert_eq!(at, tensors.iter().map(|t| t.0).collect::<Vec<_>>());
+            for lane in &lanes {
+                // Between two of its tiles every other lane that goes on has one.
+                prop_assert!(lane.windows(2).all(|w| w[1] - w[0] <= 4));
+            }
         }
     }
 }

@@ -7,6 +7,9 @@ use super::sparse::{ESCAPE_BF16, ESCAPE_CODE};
 /// Elements that the choice looks at: tensors up to this size are looked at whole.
 pub const SAMPLE: u64 = 1 << 16;
 
+/// Values that are turned into codes at a time.
+const AT_ONCE: usize = 64;
+
 /// What the caller asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -115,13 +118,24 @@ impl Sample {
 }
 
 impl Palette {
-    /// The code of a value; the table has none for what is not finite.
+    /// The codes of at most AT_ONCE values; the table has none for what is not finite. Whether some are escapes.
+    ///
+    /// What can be done to many at a time goes before and after what cannot: the table.
     #[inline(always)]
-    fn code(&self, v: f32) -> u8 {
-        let bits = v.to_bits();
-        // Not a branch: ESCAPE_CODE has all bits set.
-        let long = u8::from(bits & 0xFFFF != 0).wrapping_neg();
-        self.codes[(bits >> 16) as usize] | long
+    fn encode<W: Work>(&self, codes: &mut [u8], values: &[W]) -> bool {
+        let (mut keys, mut long) = ([0u16; AT_ONCE], [0u8; AT_ONCE]);
+        for ((key, long), &v) in keys.iter_mut().zip(&mut long).zip(values) {
+            let bits = (v.to_f64() as f32).to_bits();
+            (*key, *long) = ((bits >> 16) as u16, u8::from(bits & 0xFFFF != 0).wrapping_neg());
+        }
+        for (code, key) in codes.iter_mut().zip(keys) {
+            *code = self.codes[usize::from(key)];
+        }
+        // ESCAPE_CODE has all bits set.
+        codes.iter_mut().zip(long).fold(false, |any, (code, long)| {
+            *code |= long;
+            any | (*code == ESCAPE_CODE)
+        })
     }
 
     /// The 255 most frequent values; among equals the smaller bits.
@@ -191,10 +205,10 @@ impl Packed {
             Codec::LowRank => return,
             Codec::Palette(palette) => {
                 let from = self.values.len();
-                put(&mut self.values, values, |v| [palette.code(single(v))]);
-                // Apart, and many at a time, because escapes are few.
-                for (codes, values) in self.values[from..].chunks(32).zip(values.chunks(32)) {
-                    if codes.iter().fold(false, |any, &code| any | (code == ESCAPE_CODE)) {
+                self.values.resize(from + values.len(), 0);
+                for (codes, values) in self.values[from..].chunks_mut(AT_ONCE).zip(values.chunks(AT_ONCE)) {
+                    // Apart, because escapes are few.
+                    if palette.encode(codes, values) {
                         for (_, &v) in codes.iter().zip(values).filter(|(code, _)| **code == ESCAPE_CODE) {
                             self.escapes.extend_from_slice(&single(v).to_le_bytes());
                         }

@@ -390,7 +390,6 @@ impl<'a> Run<'a> {
         let mut readers =
             [open::<W>(stored, tile.elements.clone(), pool)?, open(&job.terms, tile.elements.clone(), pool)?];
         buffer.resize(2 * BLOCK as usize, W::ZERO);
-        let mut bits = [0u8; MICRO / 8];
         for (_, block) in tile.blocks() {
             let n = (block.end - block.start) as usize;
             let (x, y) = buffer.split_at_mut(BLOCK as usize);
@@ -401,7 +400,7 @@ impl<'a> Run<'a> {
             let (mut squares, mut residual) = (0.0, 0.0);
             for (i, (x, y)) in x[..n].chunks(MICRO).zip(y[..n].chunks_mut(MICRO)).enumerate() {
                 let from = block.start + (i * MICRO) as u64;
-                let Extent { max, moved, finite, squares: here } = dispatch::extent(level, &mut bits, x);
+                let Extent { max, moved, finite, squares: here } = dispatch::extent(level, x);
                 y.iter_mut().zip(x).for_each(|(y, &x)| *y = *y - x);
                 let left_out = dispatch::dot(level, y, y);
                 let sound = finite && left_out.is_finite();
@@ -465,12 +464,10 @@ impl<'a> Run<'a> {
                     let words = &mut bits[..u.len().div_ceil(64) * 8];
                     let donors = if job.rebuild { readers[0].donors(&range) } else { None };
                     let moves = match donors {
-                        Some([p, n]) if one_walk => dispatch::moves::<E, W>(level, u, words, p.1, n.1),
-                        _ => {
-                            let moved = dispatch::flag(level, words, u);
-                            Moves { moved, squares: dispatch::dot(level, u, u), rebuilds: false }
-                        }
+                        Some([p, n]) if one_walk => dispatch::moves::<E, W>(level, u, p.1, n.1),
+                        _ => Moves { squares: dispatch::dot(level, u, u), rebuilds: false },
                     };
+                    let moved = dispatch::flag(level, words, u);
                     let kept = if sparse {
                         let count = dispatch::pick(level, &mut picked, words, u);
                         &picked[..count]
@@ -489,7 +486,7 @@ impl<'a> Run<'a> {
                         packed.max_at = u.iter().position(|v| v.abs() == max).map(|p| from + p as u64);
                     }
                     squares += moves.squares;
-                    packed.moved += moves.moved;
+                    packed.moved += moved;
                     packed.pack(codec, kept, words);
                     if let (Some(donors), false) = (donors, moves.rebuilds) {
                         prove::<E, W>(packed, level, donors, u, rebuilt, (from - block.start) as u32);

@@ -17,11 +17,12 @@ pub struct Extent<W> {
     pub squares: f64,
 }
 
-/// Looks at at most MICRO elements, and writes a bit for each, see [`flag`].
+/// Looks at at most MICRO elements.
 #[inline(always)]
-pub fn extent<W: Work>(bits: &mut [u8], x: &[W]) -> Extent<W> {
+pub fn extent<W: Work>(x: &[W]) -> Extent<W> {
     let (max, finite) = extreme(x);
-    Extent { max, moved: flag(bits, x), finite, squares: dot(x, x) }
+    let moved = x.iter().map(|&x| u64::from(x != W::ZERO)).sum();
+    Extent { max, moved, finite, squares: dot(x, x) }
 }
 
 /// The largest absolute value, and whether all are finite; what is not a number does not count.
@@ -35,42 +36,38 @@ pub fn extreme<W: Work>(x: &[W]) -> (W, bool) {
 }
 
 /// Writes one bit for each of at most MICRO elements, set where it is not zero (bit `i % 8` of byte `i / 8`; whole 64-bit words). How many are.
+/// `word` makes the bits of 64, as [`flag_word`] does.
 #[inline(always)]
-pub fn flag<W: Work>(bits: &mut [u8], x: &[W]) -> u64 {
+pub fn flag<W: Work>(bits: &mut [u8], x: &[W], word: impl Fn(&[W; 64]) -> u64) -> u64 {
     let (whole, rest) = x.as_chunks::<64>();
-    let (words, last) = bits.split_at_mut(whole.len() * 8);
+    let rest = (!rest.is_empty()).then(|| filled(rest));
     let mut moved = 0;
-    for (bytes, x) in words.as_chunks_mut::<8>().0.iter_mut().zip(whole) {
-        let mut word = 0u64;
-        for (j, &x) in x.iter().enumerate() {
-            word |= u64::from(x != W::ZERO) << j;
-        }
+    for (bytes, x) in bits.as_chunks_mut::<8>().0.iter_mut().zip(whole.iter().chain(&rest)) {
+        let word = word(x);
         *bytes = word.to_le_bytes();
-        moved += word.count_ones();
-    }
-    if !rest.is_empty() {
-        let word = rest.iter().enumerate().fold(0u64, |w, (j, &x)| w | u64::from(x != W::ZERO) << j);
-        last[..8].copy_from_slice(&word.to_le_bytes());
         moved += word.count_ones();
     }
     u64::from(moved)
 }
 
+/// The bits of [`flag`].
+#[inline(always)]
+pub fn flag_word<W: Work>(x: &[W; 64]) -> u64 {
+    x.iter().enumerate().fold(0, |word, (j, &x)| word | u64::from(x != W::ZERO) << j)
+}
+
 /// What there is to know of the differences of two tensors of one format.
 #[derive(Debug, Clone, Copy)]
 pub struct Moves {
-    /// Elements that are not zero.
-    pub moved: u64,
     /// Sum of squares, in the order of [`dot`]. Not finite if some difference is not.
     pub squares: f64,
     /// What [`rebuilds`] says.
     pub rebuilds: bool,
 }
 
-/// `u = p - n` for at most MICRO elements, with a bit for each as [`flag`] writes it: what [`difference`](super::difference), [`flag`],
-/// [`dot`] and [`rebuilds`] do together, in one walk.
+/// `u = p - n` for at most MICRO elements: what [`difference`](super::difference), [`dot`] and [`rebuilds`] do together, in one walk.
 #[inline(always)]
-pub fn moves<E: Element, W: Work>(u: &mut [W], bits: &mut [u8], p: &[u8], n: &[u8]) -> Moves {
+pub fn moves<E: Element, W: Work>(u: &mut [W], p: &[u8], n: &[u8]) -> Moves {
     let mut differs = [W::Magnitude::default(); LANES];
     // Summed behind the loop: in it, compilers take the lanes apart.
     let mut fours = [[W::ZERO; LANES]; MICRO / GROUP];
@@ -99,7 +96,7 @@ pub fn moves<E: Element, W: Work>(u: &mut [W], bits: &mut [u8], p: &[u8], n: &[u
         }
     }
     let differs = differs.iter().fold(W::Magnitude::default(), |all, &d| all | d);
-    Moves { moved: flag(bits, u), squares: join(&lanes), rebuilds: differs == W::Magnitude::default() }
+    Moves { squares: join(&lanes), rebuilds: differs == W::Magnitude::default() }
 }
 
 /// A group of [`moves`]: the differences, and the sums of four squares each.
