@@ -1,14 +1,13 @@
 //! Choosing an encoding, and turning a block of differences into it.
 
 use crate::bf16::Work;
+use crate::simd::Level;
+use crate::simd::dispatch;
 
 use super::sparse::{ESCAPE_BF16, ESCAPE_CODE};
 
 /// Elements that the choice looks at: tensors up to this size are looked at whole.
 pub const SAMPLE: u64 = 1 << 16;
-
-/// Values that are turned into codes at a time.
-const AT_ONCE: usize = 64;
 
 /// What the caller asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -118,26 +117,6 @@ impl Sample {
 }
 
 impl Palette {
-    /// The codes of at most AT_ONCE values; the table has none for what is not finite. Whether some are escapes.
-    ///
-    /// What can be done to many at a time goes before and after what cannot: the table.
-    #[inline(always)]
-    fn encode<W: Work>(&self, codes: &mut [u8], values: &[W]) -> bool {
-        let (mut keys, mut long) = ([0u16; AT_ONCE], [0u8; AT_ONCE]);
-        for ((key, long), &v) in keys.iter_mut().zip(&mut long).zip(values) {
-            let bits = (v.to_f64() as f32).to_bits();
-            (*key, *long) = ((bits >> 16) as u16, u8::from(bits & 0xFFFF != 0).wrapping_neg());
-        }
-        for (code, key) in codes.iter_mut().zip(keys) {
-            *code = self.codes[usize::from(key)];
-        }
-        // ESCAPE_CODE has all bits set.
-        codes.iter_mut().zip(long).fold(false, |any, (code, long)| {
-            *code |= long;
-            any | (*code == ESCAPE_CODE)
-        })
-    }
-
     /// The 255 most frequent values; among equals the smaller bits.
     fn of(counts: &[u32]) -> Self {
         let mut seen: Vec<u16> = (0..=u16::MAX).filter(|&b| counts[usize::from(b)] > 0).collect();
@@ -195,7 +174,7 @@ impl Packed {
     }
 
     /// Writes the values of at most MICRO differences, all for a dense tensor and otherwise those that moved, with their bitmap.
-    pub fn pack<W: Work>(&mut self, codec: &Codec, values: &[W], bits: &[u8]) {
+    pub fn pack<W: Work>(&mut self, level: Level, codec: &Codec, values: &[W], bits: &[u8]) {
         let single = |v: W| v.to_f64() as f32;
         match codec {
             Codec::Dense => {
@@ -206,12 +185,11 @@ impl Packed {
             Codec::Palette(palette) => {
                 let from = self.values.len();
                 self.values.resize(from + values.len(), 0);
-                for (codes, values) in self.values[from..].chunks_mut(AT_ONCE).zip(values.chunks(AT_ONCE)) {
-                    // Apart, because escapes are few.
-                    if palette.encode(codes, values) {
-                        for (_, &v) in codes.iter().zip(values).filter(|(code, _)| **code == ESCAPE_CODE) {
-                            self.escapes.extend_from_slice(&single(v).to_le_bytes());
-                        }
+                let codes = &mut self.values[from..];
+                dispatch::look_up(level, codes, values, &palette.codes);
+                for (codes, values) in codes.chunks(8).zip(values.chunks(8)).filter(|(codes, _)| may_escape(codes)) {
+                    for (_, &v) in codes.iter().zip(values).filter(|(code, _)| **code == ESCAPE_CODE) {
+                        self.escapes.extend_from_slice(&single(v).to_le_bytes());
                     }
                 }
             }
@@ -226,6 +204,16 @@ impl Packed {
         }
         self.bitmap.extend_from_slice(bits);
     }
+}
+
+/// Whether one of eight codes is an escape: a look at them all, because few are. Always, of fewer than eight.
+#[inline(always)]
+fn may_escape(codes: &[u8]) -> bool {
+    const { assert!(ESCAPE_CODE == u8::MAX) };
+    let Some(&eight) = codes.first_chunk() else { return true };
+    // A byte of zeros is what borrows when it has no highest bit.
+    let zeros = !u64::from_le_bytes(eight);
+    zeros.wrapping_sub(u64::from_ne_bytes([1; 8])) & !zeros & u64::from_ne_bytes([1 << 7; 8]) != 0
 }
 
 /// Appends what becomes of each value.

@@ -487,7 +487,7 @@ impl<'a> Run<'a> {
                     }
                     squares += moves.squares;
                     packed.moved += moved;
-                    packed.pack(codec, kept, words);
+                    packed.pack(level, codec, kept, words);
                     if let (Some(donors), false) = (donors, moves.rebuilds) {
                         prove::<E, W>(packed, level, donors, u, rebuilt, (from - block.start) as u32);
                     }
