@@ -60,6 +60,8 @@ enum Held<'a> {
     },
     Read {
         bytes: Arc<Vec<u8>>,
+        /// The buffer may be longer.
+        len: usize,
         pool: &'a Pool,
     },
 }
@@ -176,16 +178,17 @@ impl FileMap {
             let bytes = &map[start..start + len];
             return Ok(Window(Held::Mapped { bytes, owner: self, start: range.start }));
         }
+        let len = (range.end - range.start) as usize;
         let place = (std::ptr::from_ref(self).addr(), range);
         let bytes = match pool.shared(&place) {
             Some(bytes) => bytes,
             None => {
-                let mut bytes = pool.take((place.1.end - place.1.start) as usize);
-                self.read_at(&mut bytes, place.1.start)?;
+                let mut bytes = pool.take(len);
+                self.read_at(&mut bytes[..len], place.1.start)?;
                 pool.share(place, bytes)
             }
         };
-        Ok(Window(Held::Read { bytes, pool }))
+        Ok(Window(Held::Read { bytes, len, pool }))
     }
 
     /// Asks the system to start reading some bytes, without waiting; but not where the page cache has had everything of late, because
@@ -258,9 +261,10 @@ fn read_exact_at(file: &File, mut into: &mut [u8], mut offset: u64) -> std::io::
 }
 
 impl Pool {
+    /// A buffer of at least a length. It never shrinks, so that it is not filled up with zeros again after each small tensor.
     fn take(&self, len: usize) -> Vec<u8> {
         let mut bytes = self.free.borrow_mut().pop().unwrap_or_default();
-        bytes.resize(len, 0);
+        bytes.resize(len.max(bytes.len()), 0);
         bytes
     }
 
@@ -293,7 +297,7 @@ impl Deref for Window<'_> {
         match &self.0 {
             #[cfg(target_os = "linux")]
             Held::Mapped { bytes, .. } => bytes,
-            Held::Read { bytes, .. } => bytes,
+            Held::Read { bytes, len, .. } => &bytes[..*len],
         }
     }
 }
@@ -303,7 +307,7 @@ impl Drop for Window<'_> {
         match &mut self.0 {
             #[cfg(target_os = "linux")]
             Held::Mapped { bytes, owner, start } => owner.release(*start, bytes.len()),
-            Held::Read { bytes, pool } => pool.give(bytes),
+            Held::Read { bytes, pool, .. } => pool.give(bytes),
         }
     }
 }
