@@ -66,9 +66,8 @@ fn encode<E: Element>(c: &mut Criterion, format: &str) {
             .bench_function(name, |b| b.iter(|| dispatch::extent(level, black_box(&u)).moved));
         group::<E>(c, "flag", format, 1)
             .bench_function(name, |b| b.iter(|| dispatch::flag(level, &mut bits, black_box(&u))));
-        group::<E>(c, "moves", format, 2).bench_function(name, |b| {
-            b.iter(|| dispatch::moves::<E, f32>(level, &mut u, black_box(&p), &n))
-        });
+        group::<E>(c, "moves", format, 2)
+            .bench_function(name, |b| b.iter(|| dispatch::moves::<E, f32>(level, &mut u, black_box(&p), &n)));
         group::<E>(c, "rebuilds", format, 2)
             .bench_function(name, |b| b.iter(|| dispatch::rebuilds::<E, f32>(level, black_box(&p), &n, &u)));
     }

@@ -24,10 +24,7 @@ use super::linear::{How, Sum, TileResult, combine_tile, copy_tile};
 use super::mask;
 use super::method::{Method, Worker};
 use super::points::Update;
-use super::prepare::{ApplyPlan, Job, Prepared, prepare, share_budget};
-
-/// Shards that are under way at a time: systems let one write into a file at a time, and two workers in one shard wait for each other.
-const LANES: usize = 4;
+use super::prepare::{ApplyPlan, Job, Prepared, lanes, prepare, share_budget};
 
 /// What became of a tensor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -132,11 +129,10 @@ pub fn apply(plan: &ApplyPlan, operands: Operands<'_>, control: &Control) -> Res
 
     // Syncing a shard waits for the disk; the workers go on with the next one.
     let (whole, to_finish) = std::sync::mpsc::channel();
-    let visits = visits(&todo.iter().map(|j| j.stages()).collect::<Vec<_>>());
-    // Stages of a tensor stay close together; where there is one of each, workers take turns between shards.
-    let staged = visits.len() > todo.len();
-    let lane = |visit: usize| if staged { 0 } else { todo[visits[visit].tensor].shard % LANES };
+    let lanes = lanes(&jobs);
+    let visits = visits(&todo.iter().map(|j| (j.stages(), j.shard % lanes)).collect::<Vec<_>>());
     let lengths = visits.iter().map(|v| todo[v.tensor].elements).collect();
+    let lane = |visit: usize| todo[visits[visit].tensor].shard % lanes;
     let grid = Grid::in_lanes(lengths, budget.blocks_per_tile, lane);
     let run = Run {
         plan,

@@ -335,14 +335,27 @@ fn prepare_tensor(plan: &TensorPlan, shard: usize, offset: u64, operands: Operan
     })
 }
 
+/// Shards that are under way at a time: systems let one write into a file at a time, and two workers in one shard wait for each other.
+///
+/// Fewer where a tensor keeps something from stage to stage, and one where that is as large as the tensor.
+pub(super) fn lanes(jobs: &[Job]) -> usize {
+    let methods = || jobs.iter().filter_map(|j| j.method.as_ref());
+    match methods().next() {
+        None => 4,
+        Some(_) if methods().any(|m| matches!(m, Method::Spectral(_))) => 1,
+        Some(_) => 2,
+    }
+}
+
 /// Who may hold how much.
 pub(super) fn share_budget(jobs: &[Job], settings: &Settings) -> Budget {
     let fixed = jobs.iter().map(|j| j.memory().0).max().unwrap_or(0) + (MICRO * 16) as u64;
     let per_block = jobs.iter().map(|j| j.memory().1).max().unwrap_or(0);
-    // As many tensors are under way as one has stages.
-    let most = jobs.iter().map(Job::stages).max().unwrap_or(1);
-    let shared = jobs.windows(most.min(jobs.len()).max(1)).map(|w| w.iter().map(Job::shared_memory).sum());
-    let shared: u64 = shared.max().unwrap_or(0);
+    // In every lane as many tensors are under way as one has stages.
+    let stages = jobs.iter().map(Job::stages).max().unwrap_or(1);
+    let mut shared: Vec<u64> = jobs.iter().map(Job::shared_memory).collect();
+    shared.sort_unstable_by(|a, b| b.cmp(a));
+    let shared: u64 = shared.iter().take(stages * lanes(jobs)).sum();
     let limit = settings.memory_budget.saturating_sub(shared);
     let budget = Budget::share(limit, settings.threads(), fixed, per_block.max(1));
     Budget { bytes: budget.bytes + shared, ..budget }

@@ -53,11 +53,7 @@ pub struct Window<'a>(Held<'a>);
 #[derive(Debug)]
 enum Held<'a> {
     #[cfg(target_os = "linux")]
-    Mapped {
-        bytes: &'a [u8],
-        owner: &'a FileMap,
-        start: u64,
-    },
+    Mapped { bytes: &'a [u8], owner: &'a FileMap, start: u64 },
     Read {
         bytes: Arc<Vec<u8>>,
         /// The buffer may be longer.

@@ -18,14 +18,21 @@ pub struct Visit {
     pub stage: usize,
 }
 
-/// Every stage of every tensor: a stage of the next tensor comes before the following stage of this one.
-pub fn visits(stages: &[usize]) -> Vec<Visit> {
-    let most = stages.iter().copied().max().unwrap_or(0);
-    let mut order = Vec::with_capacity(stages.iter().sum());
+/// Every stage of every tensor, lane by lane: a stage of the next tensor of a lane comes before the following stage of this one. Of each tensor,
+/// how many stages it has, and its lane.
+pub fn visits(tensors: &[(usize, usize)]) -> Vec<Visit> {
+    let lanes = tensors.iter().map(|t| t.1 + 1).max().unwrap_or(0);
+    (0..lanes).flat_map(|lane| in_lane(tensors, lane)).collect()
+}
+
+fn in_lane(tensors: &[(usize, usize)], lane: usize) -> Vec<Visit> {
+    let stages: Vec<(usize, usize)> =
+        tensors.iter().enumerate().filter(|(_, t)| t.1 == lane).map(|(i, t)| (i, t.0)).collect();
+    let most = stages.iter().map(|t| t.1).max().unwrap_or(0);
+    let mut order = Vec::with_capacity(stages.iter().map(|t| t.1).sum());
     for slot in 0..stages.len() + most {
         for stage in 0..most.min(slot + 1) {
-            let tensor = slot - stage;
-            if stages.get(tensor).is_some_and(|&n| stage < n) {
+            if let Some(&(tensor, _)) = stages.get(slot - stage).filter(|t| stage < t.1) {
                 order.push(Visit { tensor, stage });
             }
         }
@@ -94,16 +101,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stage_comes_after_the_same_stage_of_the_next_tensor() {
+    fn a_stage_comes_after_the_same_stage_of_the_next_tensor_of_its_lane() {
         let stages = [2, 1, 4, 2, 2];
-        let order = visits(&stages);
-        assert_eq!(order.len(), stages.iter().sum::<usize>());
-        let place = |tensor, stage| order.iter().position(|v| *v == Visit { tensor, stage });
-        for (tensor, &n) in stages.iter().enumerate() {
-            for stage in 1..n {
-                assert!(place(tensor, stage - 1) < place(tensor, stage));
-                if stages.get(tensor + 1).is_some_and(|&next| stage - 1 < next) {
-                    assert!(place(tensor + 1, stage - 1) < place(tensor, stage));
+        for lanes in 1..4 {
+            let order = visits(&stages.iter().enumerate().map(|(i, &n)| (n, i % lanes)).collect::<Vec<_>>());
+            assert_eq!(order.len(), stages.iter().sum::<usize>());
+            let place = |tensor, stage| order.iter().position(|v| *v == Visit { tensor, stage }).unwrap();
+            for (tensor, &n) in stages.iter().enumerate() {
+                for stage in 1..n {
+                    assert!(place(tensor, stage - 1) < place(tensor, stage));
+                    if stages.get(tensor + lanes).is_some_and(|&next| stage - 1 < next) {
+                        assert!(place(tensor + lanes, stage - 1) < place(tensor, stage));
+                    }
                 }
             }
         }
