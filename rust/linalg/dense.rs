@@ -134,11 +134,11 @@ pub fn cross<A: Work, B: Work>(level: Level, threads: usize, a: &[A], p: usize, 
     share(threads, slots.len(), |i| {
         let (from, to) = (i * CHUNK, ((i + 1) * CHUNK).min(rows));
         let depth = to - from;
-        let mut left = vec![0.0; p * depth];
-        transpose(&a[from * p..to * p], &mut left, depth, p);
-        let right: Vec<f64> = b[from * q..to * q].iter().map(|x| x.to_f64()).collect();
+        let lent = &mut [vec![], vec![]];
+        let [left, right] = lent;
+        let (a, b) = (A::doubles(&a[from * p..to * p], left), B::doubles(&b[from * q..to * q], right));
         let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
-        dispatch::multiply(level, &mut slot, &left, &right, [q, depth, q], [p, depth, q], level.tall());
+        dispatch::cross(level, &mut slot, a, b, [q, p, q], [p, depth, q], level.tall());
     });
     let mut sum = vec![0.0; p * q];
     for part in parts.chunks((p * q).max(1)) {
@@ -157,10 +157,28 @@ pub fn add_product<A: Work>(level: Level, threads: usize, into: &mut [f64], a: &
     let threads = if rows * p * q < 1 << 20 { 1 } else { threads };
     share(threads, slots.len(), |i| {
         let (from, to) = (i * CHUNK, ((i + 1) * CHUNK).min(rows));
-        let left: Vec<f64> = a[from * p..to * p].iter().map(|x| x.to_f64()).collect();
+        let mut left = vec![];
+        let a = A::doubles(&a[from * p..to * p], &mut left);
         let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
-        dispatch::multiply(level, &mut slot, &left, c, [q, p, q], [to - from, p, q], level.tall());
+        dispatch::multiply(level, &mut slot, a, c, [q, p, q], [to - from, p, q], level.tall());
     });
+}
+
+/// `a c` as in [`add_product`], rounded to f32.
+pub(super) fn product_single(level: Level, threads: usize, a: &[f64], p: usize, c: &[f64], q: usize) -> Vec<f32> {
+    let rows = a.len() / p;
+    let mut into = vec![0.0f32; rows * q];
+    let slots: Vec<Mutex<&mut [f32]>> = into.chunks_mut(CHUNK * q).map(Mutex::new).collect();
+    let threads = if rows * p * q < 1 << 20 { 1 } else { threads };
+    share(threads, slots.len(), |i| {
+        let a = &a[i * CHUNK * p..((i + 1) * CHUNK).min(rows) * p];
+        let mut sums = vec![0.0; a.len() / p * q];
+        dispatch::multiply(level, &mut sums, a, c, [q, p, q], [a.len() / p, p, q], level.tall());
+        let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
+        slot.iter_mut().zip(&sums).for_each(|(o, &x)| *o = x as f32);
+    });
+    drop(slots);
+    into
 }
 
 /// The product of small matrices, `rows x depth` and `depth x columns`.
@@ -245,15 +263,16 @@ pub(super) fn orthonormalise_by(
     for row in w.chunks_exact_mut(b) {
         row.iter_mut().zip(&scales).for_each(|(x, &s)| *x = if s > 0.0 { *x / s } else { 0.0 });
     }
+    let mut q = vec![0.0; w.len()];
     for _ in 0..8 {
         let mut healthy = true;
         for _ in 0..2 {
             project(w);
             let g = cross(level, threads, w, b, w, b);
             if let Some(r) = cholesky(&g, b, 1e-14) {
-                let mut q = vec![0.0; w.len()];
+                q.fill(0.0);
                 add_product(level, threads, &mut q, w, b, &invert_triangle(&r, b), b);
-                *w = q;
+                std::mem::swap(w, &mut q);
                 continue;
             }
             healthy = false;
@@ -265,7 +284,7 @@ pub(super) fn orthonormalise_by(
                     c[k * b + i] = x / values[i].sqrt();
                 }
             }
-            let mut q = vec![0.0; w.len()];
+            q.fill(0.0);
             add_product(level, threads, &mut q, w, b, &c, b);
             let scale = 1.0 / (rows as f64).sqrt();
             let mut noise = vec![0.0; (b - kept).max(1)];
@@ -274,10 +293,45 @@ pub(super) fn orthonormalise_by(
                 *drawn += (b - kept) as u64;
                 row[kept..].copy_from_slice(&noise[..b - kept]);
             }
-            *w = q;
+            std::mem::swap(w, &mut q);
         }
         if healthy {
             return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(count: usize, seed: u64) -> Vec<f64> {
+        let mut values = vec![0.0; count];
+        dispatch::normal(Level::portable(), &mut values, Philox::new(seed, "t", 1), 0, 1.0);
+        values
+    }
+
+    #[test]
+    fn dependent_columns_become_orthonormal_ones() {
+        let level = Level::portable();
+        let (rows, b) = (90, 16);
+        for copies in [1, 5, 16] {
+            let mut w: Vec<f64> = random(rows * b, 3);
+            for row in w.chunks_exact_mut(b) {
+                let first = row[0];
+                row[..copies].fill(first);
+            }
+            let mut earlier: Vec<f64> = random(rows * b, 4);
+            orthonormalise(level, 1, &mut earlier, b, &[], Philox::new(0, "t", 5));
+            let earlier = [earlier];
+            orthonormalise(level, 1, &mut w, b, &earlier, Philox::new(0, "t", 6));
+            let (own, other) = (cross(level, 1, &w, b, &w, b), cross(level, 1, &earlier[0], b, &w, b));
+            for i in 0..b {
+                for j in 0..b {
+                    let wanted = if i == j { 1.0 } else { 0.0 };
+                    assert!((own[i * b + j] - wanted).abs() < 1e-12 && other[i * b + j].abs() < 1e-12);
+                }
+            }
         }
     }
 }

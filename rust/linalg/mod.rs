@@ -16,6 +16,7 @@ mod panel;
 pub mod plan;
 pub mod rsvd;
 mod scale;
+pub mod thin;
 pub(crate) mod whole;
 
 pub use panel::Matrix;
