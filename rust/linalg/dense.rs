@@ -164,18 +164,67 @@ pub fn add_product<A: Work>(level: Level, threads: usize, into: &mut [f64], a: &
     });
 }
 
-/// `a c` as in [`add_product`], rounded to f32.
-pub(super) fn product_single(level: Level, threads: usize, a: &[f64], p: usize, c: &[f64], q: usize) -> Vec<f32> {
-    let rows = a.len() / p;
-    let mut into = vec![0.0f32; rows * q];
-    let slots: Vec<Mutex<&mut [f32]>> = into.chunks_mut(CHUNK * q).map(Mutex::new).collect();
-    let threads = if rows * p * q < 1 << 20 { 1 } else { threads };
+/// `a^T a` for the tall matrix `a` whose columns are blocks of `b` each, side by side.
+pub(super) fn gram<A: Work>(level: Level, threads: usize, blocks: &[Vec<A>], b: usize) -> Vec<f64> {
+    let (rows, k) = (blocks.first().map_or(0, |a| a.len() / b), blocks.len() * b);
+    let mut parts = vec![0.0; rows.div_ceil(CHUNK) * k * k];
+    let slots: Vec<Mutex<&mut [f64]>> = parts.chunks_mut((k * k).max(1)).map(Mutex::new).collect();
+    let threads = if rows * k * k < 1 << 20 { 1 } else { threads };
     share(threads, slots.len(), |i| {
-        let a = &a[i * CHUNK * p..((i + 1) * CHUNK).min(rows) * p];
-        let mut sums = vec![0.0; a.len() / p * q];
-        dispatch::multiply(level, &mut sums, a, c, [q, p, q], [a.len() / p, p, q], level.tall());
+        let (from, to) = (i * CHUNK, ((i + 1) * CHUNK).min(rows));
+        let mut lent = vec![vec![]; blocks.len()];
+        let blocks: Vec<&[f64]> =
+            blocks.iter().zip(&mut lent).map(|(a, lent)| A::doubles(&a[from * b..to * b], lent)).collect();
         let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
-        slot.iter_mut().zip(&sums).for_each(|(o, &x)| *o = x as f32);
+        for (y, left) in blocks.iter().enumerate() {
+            for (x, right) in blocks.iter().enumerate().take(y + 1) {
+                let into = &mut slot[y * b * k + x * b..];
+                dispatch::cross(level, into, left, right, [k, b, b], [b, to - from, b], level.tall());
+            }
+        }
+    });
+    drop(slots);
+    let mut sum = vec![0.0; k * k];
+    for part in parts.chunks((k * k).max(1)) {
+        sum.iter_mut().zip(part).for_each(|(s, x)| *s += x);
+    }
+    for y in 0..k {
+        for x in 0..y {
+            sum[x * k + y] = sum[y * k + x];
+        }
+    }
+    sum
+}
+
+/// `a c`, rounded, for the tall matrix `a` whose columns are blocks of `b` each, side by side, and a `c` of `q` columns.
+pub(super) fn combine<A: Work, B: Work>(
+    level: Level,
+    threads: usize,
+    blocks: &[Vec<A>],
+    b: usize,
+    c: &[f64],
+    q: usize,
+) -> Vec<B> {
+    // What is made of so few rows stays in the first caches.
+    const ROWS: usize = CHUNK / 4;
+    let (rows, k) = (blocks.first().map_or(0, |a| a.len() / b), blocks.len() * b);
+    let mut into = vec![B::ZERO; rows * q];
+    if q == 0 {
+        return into;
+    }
+    let slots: Vec<Mutex<&mut [B]>> = into.chunks_mut(ROWS * q).map(Mutex::new).collect();
+    let threads = if rows * k * q < 1 << 20 { 1 } else { threads };
+    share(threads, slots.len(), |i| {
+        let (from, to) = (i * ROWS, ((i + 1) * ROWS).min(rows));
+        let (mut wide, mut sums) = (vec![0.0; (to - from) * k], vec![0.0; (to - from) * q]);
+        for (x, block) in blocks.iter().enumerate() {
+            for (into, row) in wide.chunks_exact_mut(k).zip(block[from * b..to * b].chunks_exact(b)) {
+                into[x * b..][..b].iter_mut().zip(row).for_each(|(o, x)| *o = x.to_f64());
+            }
+        }
+        dispatch::multiply(level, &mut sums, &wide, c, [q, k, q], [to - from, k, q], level.tall());
+        let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
+        slot.iter_mut().zip(&sums).for_each(|(o, &x)| *o = B::from_f64(x));
     });
     drop(slots);
     into

@@ -5,13 +5,12 @@
 //! three power passes with blocks of `r + 8` (the Krylov space holds every polynomial that a power pass holds one of: Musco and Musco, "Randomized block
 //! Krylov methods", NeurIPS 2015).
 //!
-//! With orthonormal `V` of all blocks and `Y = A V`, the projection of `A` on the range of `Y` is found from the small matrices `V^T W = Y^T Y` and `W^T W`
-//! alone. They are squares, so singular values below [`CLEAR`] times the first are inexact in f32: where one of those is wanted, `Y` is made
+//! With `Y = A V` of all blocks, the projection of `A` on the range of `Y` is found from the small matrices `Y^T Y` and `W^T W` alone. They are squares, so singular values below [`CLEAR`] times the first are inexact in f32: where one of those is wanted, `Y` is made
 //! orthonormal and one more sweep takes `A^T Q`.
 
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use super::dense::{add_product, cholesky, cross, invert_triangle, orthonormalise, product, product_single, transpose};
+use super::dense::{self, add_product, cholesky, combine, cross, invert_triangle, orthonormalise, product, transpose};
 use super::eigen::symmetric;
 use super::panel::{self, Scratch};
 use super::scale::Scale;
@@ -35,7 +34,7 @@ const STEP: usize = 16;
 /// Elements that are multiplied before sums are joined.
 const RUN: usize = 256;
 /// Elements of a panel, about: it stays in the second-level cache between its two products.
-const PANEL: usize = 3 << 16;
+const PANEL: usize = 1 << 17;
 /// Bytes that reading takes a worker, about.
 const SCRATCH: u64 = 1 << 20;
 /// Sums over rows go in at most so many parts.
@@ -310,30 +309,11 @@ impl Space {
         self.b * self.v.len()
     }
 
-    /// `left^T right` of all blocks.
-    fn small(&self, level: Level, threads: usize, left: &[Vec<f64>], right: &[Vec<f64>]) -> Vec<f64> {
-        let (b, k) = (self.b, self.dimensions());
-        let mut out = vec![0.0; k * k];
-        for (i, l) in left.iter().enumerate() {
-            for (j, r) in right.iter().enumerate().skip(i) {
-                let c = cross(level, threads, l, b, r, b);
-                for x in 0..b {
-                    for y in 0..b {
-                        out[(i * b + x) * k + j * b + y] = c[x * b + y];
-                        out[(j * b + y) * k + i * b + x] = c[x * b + y];
-                    }
-                }
-            }
-        }
-        out
-    }
-
     /// What can be told of the projection from small matrices.
     fn ritz(&self, level: Level, threads: usize) -> Ritz {
         let k = self.dimensions();
-        let h = self.small(level, threads, &self.v, &self.w);
-        let m = self.small(level, threads, &self.w, &self.w);
-        let (values, vectors) = symmetric(&h, k);
+        let (g, m) = (dense::gram(level, threads, &self.y, self.b), dense::gram(level, threads, &self.w, self.b));
+        let (values, vectors) = symmetric(&g, k);
         let kept = values.iter().take_while(|&&d| d > 1e-7 * values[0] && d > 0.0).count();
         let mut z = vec![0.0; k * kept];
         for i in 0..kept {
@@ -348,18 +328,52 @@ impl Space {
         let mut q = vec![0.0; kept * kept];
         transpose(&rotations, &mut q, kept, kept);
         let values = squares.iter().map(|s| s.max(0.0).sqrt()).collect();
-        Ritz { values, x: product(level, &z, &q, k, kept, kept), m }
+        Ritz { values, x: product(level, &z, &q, k, kept, kept), g, m }
     }
+}
+
+/// The thin SVD of `(y x) (w x)^T`: `y left`, `s`, and `w right`.
+struct Turned {
+    s: Vec<f64>,
+    left: Vec<f64>,
+    right: Vec<f64>,
 }
 
 /// A projection on the range of `y`, by small matrices.
 struct Ritz {
     /// Its singular values.
     values: Vec<f64>,
-    /// `k` rows, as many columns as values: `y x` are the left vectors, but for what f32 loses.
+    /// `k` rows, as many columns as values: `y x` are the left vectors.
     x: Vec<f64>,
+    /// `y^T y`.
+    g: Vec<f64>,
     /// `w^T w`.
     m: Vec<f64>,
+}
+
+impl Ritz {
+    /// For the first `r` columns `x`, which combinations the triplets are, from small matrices alone: once more, because what small directions lost is in
+    /// the other columns. Nothing if squares lose too much.
+    fn turned(&self, level: Level, x: &[f64], r: usize) -> Option<Turned> {
+        if r == 0 {
+            return None;
+        }
+        let k = x.len() / r;
+        let of = |m: &[f64], x: &[f64]| cross(level, 1, x, r, &product(level, m, x, k, k, r), r);
+        let straight = invert_triangle(&cholesky(&of(&self.g, x), r, 1e-3)?, r);
+        let x = product(level, x, &straight, k, r, r);
+        let (squares, vectors) = symmetric(&of(&self.m, &x), r);
+        if squares[r - 1] <= 0.5 * CLEAR * CLEAR * squares[0] {
+            return None;
+        }
+        let s: Vec<f64> = squares.iter().map(|s| s.sqrt()).collect();
+        let mut turn = vec![0.0; r * r];
+        transpose(&vectors, &mut turn, r, r);
+        let left = product(level, &x, &turn, k, r, r);
+        let mut right = left.clone();
+        right.chunks_exact_mut(r).for_each(|row| row.iter_mut().zip(&s).for_each(|(x, s)| *x /= s));
+        Some(Turned { s, left, right })
+    }
 }
 
 /// The leading singular triplets of a matrix.
@@ -529,55 +543,22 @@ impl Space {
     /// The first `r` triplets from the combinations of [`Space::ritz`].
     fn triplets(&self, sweep: &Sweep<'_>, ritz: &Ritz, r: usize) -> Triplets {
         let (level, threads, b) = (sweep.level, sweep.threads(), self.b);
-        let Matrix { rows, columns, .. } = *sweep.matrix;
         let kept = ritz.values.len();
         let r = r.min(kept);
         let x: Vec<f64> = ritz.x.chunks_exact(kept.max(1)).flat_map(|row| row[..r].iter().copied()).collect();
-        let mut u = vec![0.0; rows * r];
-        for (y, x) in self.y.iter().zip(x.chunks(b * r.max(1))) {
-            add_product(level, threads, &mut u, y, b, x, r);
-        }
-        if let Some(found) = self.corrected(sweep, &ritz.m, &x, &u, r) {
-            return found;
-        }
-        let mut v = vec![0.0; columns * r];
-        for (w, x) in self.w.iter().zip(x.chunks(b * r.max(1))) {
-            add_product(level, threads, &mut v, w, b, x, r);
+        if let Some(Turned { s, mut left, right }) = ritz.turned(level, &x, r) {
+            let mut v: Vec<f64> = combine(level, threads, &self.w, b, &right, r);
+            let signs = signs(&v, r);
+            for rows in [&mut left, &mut v] {
+                rows.chunks_exact_mut(r).for_each(|row| row.iter_mut().zip(&signs).for_each(|(x, sign)| *x *= sign));
+            }
+            let (u, v) = (combine(level, threads, &self.y, b, &left, r), v.into_iter().map(|x| x as f32).collect());
+            let residual = residual(self.squares, &s);
+            return Triplets { rank: r, u, s, v, squares: self.squares, residual, floor: None };
         }
         // `v` is A^T u: the singular values are in it.
+        let (u, v) = (combine(level, threads, &self.y, b, &x, r), combine(level, threads, &self.w, b, &x, r));
         finish(level, threads, u, v, r, self.squares)
-    }
-
-    /// The thin SVD of `u (w x)^T` for `u = y x`, whose columns are orthonormal but for what f32 lost: its own small matrix `u^T u` says what that
-    /// was, and with `m = w^T w` the rest is of order `r`. Nothing if squares would lose too much.
-    fn corrected(&self, sweep: &Sweep<'_>, m: &[f64], x: &[f64], u: &[f64], r: usize) -> Option<Triplets> {
-        let (level, threads, b, k) = (sweep.level, sweep.threads(), self.b, self.dimensions());
-        if r == 0 {
-            return None;
-        }
-        let straight = invert_triangle(&cholesky(&cross(level, threads, u, r, u, r), r, 1e-3)?, r);
-        let x = product(level, x, &straight, k, r, r);
-        let c = cross(level, 1, &x, r, &product(level, m, &x, k, k, r), r);
-        let (squares, vectors) = symmetric(&c, r);
-        if squares[r - 1] <= 0.5 * CLEAR * CLEAR * squares[0] {
-            return None;
-        }
-        let s: Vec<f64> = squares.iter().map(|s| s.sqrt()).collect();
-        let mut turn = vec![0.0; r * r];
-        transpose(&vectors, &mut turn, r, r);
-        let (mut left, mut right) = (product(level, &straight, &turn, r, r, r), product(level, &x, &turn, k, r, r));
-        right.chunks_exact_mut(r).for_each(|row| row.iter_mut().zip(&s).for_each(|(x, s)| *x /= s));
-        let mut v = vec![0.0; sweep.matrix.columns * r];
-        for (w, right) in self.w.iter().zip(right.chunks(b * r)) {
-            add_product(level, threads, &mut v, w, b, right, r);
-        }
-        let signs = signs(&v, r);
-        let signed = |row: &mut [f64]| row.iter_mut().zip(&signs).for_each(|(x, sign)| *x *= sign);
-        left.chunks_exact_mut(r).for_each(signed);
-        v.chunks_exact_mut(r).for_each(signed);
-        let u = product_single(level, threads, u, r, &left, r);
-        let v = v.into_iter().map(|x| x as f32).collect();
-        Some(Triplets { rank: r, residual: residual(self.squares, &s), u, s, v, squares: self.squares, floor: None })
     }
 
     /// The first `r` triplets, with one more sweep: `Y` is made orthonormal, and the projection is taken of the matrix itself.
