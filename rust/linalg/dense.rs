@@ -360,6 +360,60 @@ mod tests {
         values
     }
 
+    /// Blocks of columns side by side.
+    fn joined(blocks: &[Vec<f64>], b: usize) -> Vec<f64> {
+        let rows = blocks[0].len() / b;
+        (0..rows).flat_map(|i| blocks.iter().flat_map(move |a| a[i * b..(i + 1) * b].iter().copied())).collect()
+    }
+
+    #[test]
+    fn cross_products_are_those_of_the_transpose_at_every_level_and_thread_count() {
+        for [rows, p, q] in [[1, 1, 1], [700, 16, 32], [1030, 23, 21], [5, 70, 9], [1500, 33, 40]] {
+            let (a, b) = (random(rows * p, 1), random(rows * q, 2));
+            let first = cross(Level::portable(), 1, &a, p, &b, q);
+            for (e, x) in first.iter().enumerate() {
+                let (i, j) = (e / q, e % q);
+                let wanted: f64 = (0..rows).map(|k| a[k * p + i] * b[k * q + j]).sum();
+                assert!((x - wanted).abs() < 1e-11 * rows as f64);
+            }
+            for level in Level::available() {
+                assert_eq!(cross(level, 3, &a, p, &b, q), first);
+            }
+        }
+    }
+
+    #[test]
+    fn cross_products_in_f32_are_the_same_at_every_level() {
+        let [rows, p, q] = [50, 21, 37];
+        let single = |seed| random(rows * q, seed).iter().map(|&x| x as f32).collect::<Vec<_>>();
+        let (a, b) = (single(1), single(2));
+        let mut turned = vec![0.0f32; rows * q];
+        transpose(&a, &mut turned, rows, q);
+        let mut wanted = vec![1.0f32; p * q];
+        dispatch::multiply(Level::portable(), &mut wanted, &turned, &b, [q, rows, q], [p, rows, q], 4);
+        for level in Level::available() {
+            let mut found = vec![1.0f32; p * q];
+            dispatch::cross(level, &mut found, &a, &b, [q, q, q], [p, rows, q], level.tall());
+            assert_eq!(found, wanted);
+        }
+    }
+
+    #[test]
+    fn blocks_are_one_matrix() {
+        let (rows, b, q) = (1100, 16, 21);
+        let blocks: Vec<Vec<f64>> = (0..3).map(|i| random(rows * b, i)).collect();
+        let (a, k, c) = (joined(&blocks, b), 3 * b, random(3 * b * q, 9));
+        let (squares, mut product) = (cross(Level::portable(), 1, &a, k, &a, k), vec![0.0; rows * q]);
+        add_product(Level::portable(), 1, &mut product, &a, k, &c, q);
+        let single: Vec<f32> = product.iter().map(|&x| x as f32).collect();
+        for (level, threads) in Level::available().into_iter().flat_map(|l| [(l, 1), (l, 3)]) {
+            assert_eq!(gram(level, threads, &blocks, b), squares);
+            assert_eq!(combine::<_, f64>(level, threads, &blocks, b, &c, q), product);
+            assert_eq!(combine::<_, f32>(level, threads, &blocks, b, &c, q), single);
+        }
+        assert!(combine::<_, f32>(Level::portable(), 1, &blocks, b, &[], 0).is_empty());
+    }
+
     #[test]
     fn dependent_columns_become_orthonormal_ones() {
         let level = Level::portable();
