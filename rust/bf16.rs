@@ -25,6 +25,8 @@ pub trait Work:
     fn from_f64(x: f64) -> Self;
     /// Widens exactly.
     fn to_f64(self) -> f64;
+    /// Numbers as f64: themselves, or widened into what is lent.
+    fn doubles<'a>(x: &'a [Self], lent: &'a mut Vec<f64>) -> &'a [f64];
     /// |x|.
     fn abs(self) -> Self;
     /// Neither NaN nor infinite.
@@ -64,6 +66,11 @@ impl Work for f32 {
     #[inline(always)]
     fn to_f64(self) -> f64 {
         f64::from(self)
+    }
+    fn doubles<'a>(x: &'a [Self], lent: &'a mut Vec<f64>) -> &'a [f64] {
+        lent.clear();
+        lent.extend(x.iter().map(|&x| f64::from(x)));
+        lent
     }
     #[inline(always)]
     fn abs(self) -> Self {
@@ -113,6 +120,9 @@ impl Work for f64 {
     #[inline(always)]
     fn to_f64(self) -> f64 {
         self
+    }
+    fn doubles<'a>(x: &'a [Self], _lent: &'a mut Vec<f64>) -> &'a [f64] {
+        x
     }
     #[inline(always)]
     fn abs(self) -> Self {

@@ -134,11 +134,11 @@ pub fn cross<A: Work, B: Work>(level: Level, threads: usize, a: &[A], p: usize, 
     share(threads, slots.len(), |i| {
         let (from, to) = (i * CHUNK, ((i + 1) * CHUNK).min(rows));
         let depth = to - from;
-        let mut left = vec![0.0; p * depth];
-        transpose(&a[from * p..to * p], &mut left, depth, p);
-        let right: Vec<f64> = b[from * q..to * q].iter().map(|x| x.to_f64()).collect();
+        let lent = &mut [vec![], vec![]];
+        let [left, right] = lent;
+        let (a, b) = (A::doubles(&a[from * p..to * p], left), B::doubles(&b[from * q..to * q], right));
         let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
-        dispatch::multiply(level, &mut slot, &left, &right, [q, depth, q], [p, depth, q], level.tall());
+        dispatch::cross(level, &mut slot, a, b, [q, p, q], [p, depth, q], level.tall());
     });
     let mut sum = vec![0.0; p * q];
     for part in parts.chunks((p * q).max(1)) {
@@ -157,10 +157,77 @@ pub fn add_product<A: Work>(level: Level, threads: usize, into: &mut [f64], a: &
     let threads = if rows * p * q < 1 << 20 { 1 } else { threads };
     share(threads, slots.len(), |i| {
         let (from, to) = (i * CHUNK, ((i + 1) * CHUNK).min(rows));
-        let left: Vec<f64> = a[from * p..to * p].iter().map(|x| x.to_f64()).collect();
+        let mut left = vec![];
+        let a = A::doubles(&a[from * p..to * p], &mut left);
         let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
-        dispatch::multiply(level, &mut slot, &left, c, [q, p, q], [to - from, p, q], level.tall());
+        dispatch::multiply(level, &mut slot, a, c, [q, p, q], [to - from, p, q], level.tall());
     });
+}
+
+/// `a^T a` for the tall matrix `a` whose columns are blocks of `b` each, side by side.
+pub(super) fn gram<A: Work>(level: Level, threads: usize, blocks: &[Vec<A>], b: usize) -> Vec<f64> {
+    let (rows, k) = (blocks.first().map_or(0, |a| a.len() / b), blocks.len() * b);
+    let mut parts = vec![0.0; rows.div_ceil(CHUNK) * k * k];
+    let slots: Vec<Mutex<&mut [f64]>> = parts.chunks_mut((k * k).max(1)).map(Mutex::new).collect();
+    let threads = if rows * k * k < 1 << 20 { 1 } else { threads };
+    share(threads, slots.len(), |i| {
+        let (from, to) = (i * CHUNK, ((i + 1) * CHUNK).min(rows));
+        let mut lent = vec![vec![]; blocks.len()];
+        let blocks: Vec<&[f64]> =
+            blocks.iter().zip(&mut lent).map(|(a, lent)| A::doubles(&a[from * b..to * b], lent)).collect();
+        let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
+        for (y, left) in blocks.iter().enumerate() {
+            for (x, right) in blocks.iter().enumerate().take(y + 1) {
+                let into = &mut slot[y * b * k + x * b..];
+                dispatch::cross(level, into, left, right, [k, b, b], [b, to - from, b], level.tall());
+            }
+        }
+    });
+    drop(slots);
+    let mut sum = vec![0.0; k * k];
+    for part in parts.chunks((k * k).max(1)) {
+        sum.iter_mut().zip(part).for_each(|(s, x)| *s += x);
+    }
+    for y in 0..k {
+        for x in 0..y {
+            sum[x * k + y] = sum[y * k + x];
+        }
+    }
+    sum
+}
+
+/// `a c`, rounded, for the tall matrix `a` whose columns are blocks of `b` each, side by side, and a `c` of `q` columns.
+pub(super) fn combine<A: Work, B: Work>(
+    level: Level,
+    threads: usize,
+    blocks: &[Vec<A>],
+    b: usize,
+    c: &[f64],
+    q: usize,
+) -> Vec<B> {
+    // What is made of so few rows stays in the first caches.
+    const ROWS: usize = CHUNK / 4;
+    let (rows, k) = (blocks.first().map_or(0, |a| a.len() / b), blocks.len() * b);
+    let mut into = vec![B::ZERO; rows * q];
+    if q == 0 {
+        return into;
+    }
+    let slots: Vec<Mutex<&mut [B]>> = into.chunks_mut(ROWS * q).map(Mutex::new).collect();
+    let threads = if rows * k * q < 1 << 20 { 1 } else { threads };
+    share(threads, slots.len(), |i| {
+        let (from, to) = (i * ROWS, ((i + 1) * ROWS).min(rows));
+        let (mut wide, mut sums) = (vec![0.0; (to - from) * k], vec![0.0; (to - from) * q]);
+        for (x, block) in blocks.iter().enumerate() {
+            for (into, row) in wide.chunks_exact_mut(k).zip(block[from * b..to * b].chunks_exact(b)) {
+                into[x * b..][..b].iter_mut().zip(row).for_each(|(o, x)| *o = x.to_f64());
+            }
+        }
+        dispatch::multiply(level, &mut sums, &wide, c, [q, k, q], [to - from, k, q], level.tall());
+        let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
+        slot.iter_mut().zip(&sums).for_each(|(o, &x)| *o = B::from_f64(x));
+    });
+    drop(slots);
+    into
 }
 
 /// The product of small matrices, `rows x depth` and `depth x columns`.
@@ -245,15 +312,16 @@ pub(super) fn orthonormalise_by(
     for row in w.chunks_exact_mut(b) {
         row.iter_mut().zip(&scales).for_each(|(x, &s)| *x = if s > 0.0 { *x / s } else { 0.0 });
     }
+    let mut q = vec![0.0; w.len()];
     for _ in 0..8 {
         let mut healthy = true;
         for _ in 0..2 {
             project(w);
             let g = cross(level, threads, w, b, w, b);
             if let Some(r) = cholesky(&g, b, 1e-14) {
-                let mut q = vec![0.0; w.len()];
+                q.fill(0.0);
                 add_product(level, threads, &mut q, w, b, &invert_triangle(&r, b), b);
-                *w = q;
+                std::mem::swap(w, &mut q);
                 continue;
             }
             healthy = false;
@@ -265,7 +333,7 @@ pub(super) fn orthonormalise_by(
                     c[k * b + i] = x / values[i].sqrt();
                 }
             }
-            let mut q = vec![0.0; w.len()];
+            q.fill(0.0);
             add_product(level, threads, &mut q, w, b, &c, b);
             let scale = 1.0 / (rows as f64).sqrt();
             let mut noise = vec![0.0; (b - kept).max(1)];
@@ -274,10 +342,99 @@ pub(super) fn orthonormalise_by(
                 *drawn += (b - kept) as u64;
                 row[kept..].copy_from_slice(&noise[..b - kept]);
             }
-            *w = q;
+            std::mem::swap(w, &mut q);
         }
         if healthy {
             return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(count: usize, seed: u64) -> Vec<f64> {
+        let mut values = vec![0.0; count];
+        dispatch::normal(Level::portable(), &mut values, Philox::new(seed, "t", 1), 0, 1.0);
+        values
+    }
+
+    /// Blocks of columns side by side.
+    fn joined(blocks: &[Vec<f64>], b: usize) -> Vec<f64> {
+        let rows = blocks[0].len() / b;
+        (0..rows).flat_map(|i| blocks.iter().flat_map(move |a| a[i * b..(i + 1) * b].iter().copied())).collect()
+    }
+
+    #[test]
+    fn cross_products_are_those_of_the_transpose_at_every_level_and_thread_count() {
+        for [rows, p, q] in [[1, 1, 1], [700, 16, 32], [1030, 23, 21], [5, 70, 9], [1500, 33, 40]] {
+            let (a, b) = (random(rows * p, 1), random(rows * q, 2));
+            let first = cross(Level::portable(), 1, &a, p, &b, q);
+            for (e, x) in first.iter().enumerate() {
+                let (i, j) = (e / q, e % q);
+                let wanted: f64 = (0..rows).map(|k| a[k * p + i] * b[k * q + j]).sum();
+                assert!((x - wanted).abs() < 1e-11 * rows as f64);
+            }
+            for level in Level::available() {
+                assert_eq!(cross(level, 3, &a, p, &b, q), first);
+            }
+        }
+    }
+
+    #[test]
+    fn cross_products_in_f32_are_the_same_at_every_level() {
+        let [rows, p, q] = [50, 21, 37];
+        let single = |seed| random(rows * q, seed).iter().map(|&x| x as f32).collect::<Vec<_>>();
+        let (a, b) = (single(1), single(2));
+        let mut turned = vec![0.0f32; rows * q];
+        transpose(&a, &mut turned, rows, q);
+        let mut wanted = vec![1.0f32; p * q];
+        dispatch::multiply(Level::portable(), &mut wanted, &turned, &b, [q, rows, q], [p, rows, q], 4);
+        for level in Level::available() {
+            let mut found = vec![1.0f32; p * q];
+            dispatch::cross(level, &mut found, &a, &b, [q, q, q], [p, rows, q], level.tall());
+            assert_eq!(found, wanted);
+        }
+    }
+
+    #[test]
+    fn blocks_are_one_matrix() {
+        let (rows, b, q) = (1100, 16, 21);
+        let blocks: Vec<Vec<f64>> = (0..3).map(|i| random(rows * b, i)).collect();
+        let (a, k, c) = (joined(&blocks, b), 3 * b, random(3 * b * q, 9));
+        let (squares, mut product) = (cross(Level::portable(), 1, &a, k, &a, k), vec![0.0; rows * q]);
+        add_product(Level::portable(), 1, &mut product, &a, k, &c, q);
+        let single: Vec<f32> = product.iter().map(|&x| x as f32).collect();
+        for (level, threads) in Level::available().into_iter().flat_map(|l| [(l, 1), (l, 3)]) {
+            assert_eq!(gram(level, threads, &blocks, b), squares);
+            assert_eq!(combine::<_, f64>(level, threads, &blocks, b, &c, q), product);
+            assert_eq!(combine::<_, f32>(level, threads, &blocks, b, &c, q), single);
+        }
+        assert!(combine::<_, f32>(Level::portable(), 1, &blocks, b, &[], 0).is_empty());
+    }
+
+    #[test]
+    fn dependent_columns_become_orthonormal_ones() {
+        let level = Level::portable();
+        let (rows, b) = (90, 16);
+        for copies in [1, 5, 16] {
+            let mut w: Vec<f64> = random(rows * b, 3);
+            for row in w.chunks_exact_mut(b) {
+                let first = row[0];
+                row[..copies].fill(first);
+            }
+            let mut earlier: Vec<f64> = random(rows * b, 4);
+            orthonormalise(level, 1, &mut earlier, b, &[], Philox::new(0, "t", 5));
+            let earlier = [earlier];
+            orthonormalise(level, 1, &mut w, b, &earlier, Philox::new(0, "t", 6));
+            let (own, other) = (cross(level, 1, &w, b, &w, b), cross(level, 1, &earlier[0], b, &w, b));
+            for i in 0..b {
+                for j in 0..b {
+                    let wanted = if i == j { 1.0 } else { 0.0 };
+                    assert!((own[i * b + j] - wanted).abs() < 1e-12 && other[i * b + j].abs() < 1e-12);
+                }
+            }
         }
     }
 }

@@ -1,11 +1,13 @@
 //! Linear algebra on matrices that are read and never held.
 //!
 //! A [`Matrix`] is a sum of terms, read as panels of whole rows. [`rsvd`] finds its leading singular triplets in a few passes over the
-//! panels; [`gram`] gathers the Gram matrix of the smaller side in f64 and gives the trailing triplets, or the whole spectrum.
+//! panels, [`thin`] those of a product of thin factors; [`gram`] gathers the Gram matrix of the smaller side in f64 and gives the trailing triplets, or the
+//! whole spectrum.
 //!
 //! There is no library below this module. Libraries of dense linear algebra choose instruction sets, block sizes and thread counts by
 //! what they find the processor to be, and each choice is another order of sums; here every sum has one order, set by shapes alone, so that results are the
-//! same bits for any thread count, memory budget and SIMD level. What is large is one kernel, [`crate::simd::kernel::multiply`].
+//! same bits for any thread count, memory budget and SIMD level. What is large are two kernels, [`crate::simd::kernel::multiply`] and
+//! [`crate::simd::kernel::cross`].
 
 pub mod dense;
 pub mod eigen;
@@ -16,6 +18,7 @@ mod panel;
 pub mod plan;
 pub mod rsvd;
 mod scale;
+pub mod thin;
 pub(crate) mod whole;
 
 pub use panel::Matrix;

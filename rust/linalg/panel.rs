@@ -106,7 +106,7 @@ pub(super) struct Scratch<W> {
 }
 
 /// Elements read at a time, so that windows stay in the first caches.
-const PIECE: u64 = 1 << 15;
+const PIECE: u64 = 1 << 16;
 
 /// Sums the terms over some elements of the tensor.
 fn sum<W: Work>(matrix: &Matrix<'_>, level: Level, elements: Range<u64>, pool: &Pool, into: &mut [W]) -> Result<()> {

@@ -5,17 +5,17 @@
 //! three power passes with blocks of `r + 8` (the Krylov space holds every polynomial that a power pass holds one of: Musco and Musco, "Randomized block
 //! Krylov methods", NeurIPS 2015).
 //!
-//! With orthonormal `V` of all blocks and `Y = A V`, the projection of `A` on the range of `Y` is found from the small matrices `V^T W = Y^T Y` and `W^T W`
-//! alone. They are squares, so singular values below [`CLEAR`] times the first are inexact in f32: where one of those is wanted, `Y` is made
+//! With `Y = A V` of all blocks, the projection of `A` on the range of `Y` is found from the small matrices `Y^T Y` and `W^T W` alone. They are squares, so singular values below [`CLEAR`] times the first are inexact in f32: where one of those is wanted, `Y` is made
 //! orthonormal and one more sweep takes `A^T Q`.
 
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-use super::dense::{add_product, cholesky, cross, invert_triangle, orthonormalise, product, transpose};
-use super::eigen::{jacobi, symmetric};
+use super::dense::{self, add_product, cholesky, combine, cross, invert_triangle, orthonormalise, product, transpose};
+use super::eigen::symmetric;
 use super::panel::{self, Scratch};
 use super::scale::Scale;
-use super::{Exact, Matrix, Rank, Triplets, gram};
+use super::thin::{finish, signs};
+use super::{Matrix, Rank, Triplets, gram};
 use crate::philox::Philox;
 use crate::plan::Settings;
 use crate::simd::{Level, dispatch};
@@ -34,7 +34,7 @@ const STEP: usize = 16;
 /// Elements that are multiplied before sums are joined.
 const RUN: usize = 256;
 /// Elements of a panel, about: it stays in the second-level cache between its two products.
-const PANEL: usize = 3 << 16;
+const PANEL: usize = 1 << 17;
 /// Bytes that reading takes a worker, about.
 const SCRATCH: u64 = 1 << 20;
 /// Sums over rows go in at most so many parts.
@@ -45,7 +45,7 @@ const CLEAR: f64 = 0.02;
 /// Uses of a seed, apart from those of controls.
 const TEST: u64 = 16;
 const SIGNS: u64 = 17;
-const FRESH: u64 = 18;
+pub(super) const FRESH: u64 = 18;
 
 /// How a matrix is cut into panels, by its shape alone.
 pub(super) struct Cut {
@@ -81,14 +81,42 @@ pub(super) struct Sweep<'a> {
     scale: OnceLock<Scale>,
     /// The sum of squares at that scale, which the first whole reading makes.
     squares: OnceLock<f64>,
+    /// Workers between two sweeps: the system takes long to give memory anew.
+    workers: Mutex<Vec<Worker>>,
 }
 
 /// What a worker of a sweep holds.
+#[derive(Default)]
 struct Worker {
     scratch: (Scratch<f32>, Scratch<f64>),
     panel: Vec<f32>,
-    left: Vec<f32>,
     sums: Vec<f32>,
+}
+
+impl Worker {
+    /// Bytes of a panel and of the sums for `b` vectors.
+    fn bytes(columns: usize, height: usize, b: usize) -> u64 {
+        4 * (columns * (height + b)) as u64
+    }
+}
+
+/// A worker at work, which comes home afterwards.
+struct Hired<'a> {
+    worker: Worker,
+    home: &'a Mutex<Vec<Worker>>,
+}
+
+impl<'a> Hired<'a> {
+    fn from(home: &'a Mutex<Vec<Worker>>) -> Self {
+        let worker = home.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        Self { worker, home }
+    }
+}
+
+impl Drop for Hired<'_> {
+    fn drop(&mut self) {
+        self.home.lock().unwrap_or_else(PoisonError::into_inner).push(std::mem::take(&mut self.worker));
+    }
 }
 
 impl<'a> Sweep<'a> {
@@ -101,6 +129,7 @@ impl<'a> Sweep<'a> {
             signs: None,
             scale: OnceLock::new(),
             squares: OnceLock::new(),
+            workers: Mutex::default(),
         })
     }
 
@@ -162,23 +191,26 @@ impl<'a> Sweep<'a> {
     }
 
     /// `y = A v` (not if `v` is empty: then `y` is taken as given) and `A^T y`, `b` vectors each, and the sum of squares of `A`. `v` is `columns x b`, `y`
-    /// is `rows x b`, the result `b x columns`.
-    fn products(&self, v: &[f32], y: &mut [f32], b: usize) -> Result<(Vec<f64>, f64)> {
+    /// is `rows x b`, the result `b x columns`. Panels are taken from the last to the first if `backward` is set: caches still have those that
+    /// the sweep before this one ended with.
+    fn products(&self, v: &[f32], y: &mut [f32], b: usize, backward: bool) -> Result<(Vec<f64>, f64)> {
         let Matrix { rows, columns: n, .. } = *self.matrix;
         let cut = Cut::new(self.matrix);
         let (level, scale, known) = (self.level, self.scale(), self.squares.get().copied());
-        let held = 4 * (n * (cut.height + b) + 2 * cut.height * b) as u64;
+        let held = Worker::bytes(n, cut.height, b);
         let threads = self.threads().min((self.settings.memory_budget / held).max(1) as usize);
         let parts: Vec<Mutex<&mut [f32]>> = y.chunks_mut(cut.per_segment * cut.height * b).map(Mutex::new).collect();
         let total = Mutex::new((vec![0.0f64; b * n], 0.0f64));
         let turn = Turn::default();
         let share = self.matrix.bytes() / cut.segments as u64;
         let segment = |worker: &mut Worker, number: usize| -> Result<()> {
-            let mut y = parts[number].lock().unwrap_or_else(PoisonError::into_inner);
+            let place = if backward { cut.segments - 1 - number } else { number };
+            let mut y = parts[place].lock().unwrap_or_else(PoisonError::into_inner);
+            worker.panel.resize(cut.height * n, 0.0);
             worker.sums.clear();
             worker.sums.resize(b * n, 0.0);
             let mut squares = 0.0;
-            let first = number * cut.per_segment * cut.height;
+            let first = place * cut.per_segment * cut.height;
             for (i, y) in y.chunks_mut(cut.height * b).enumerate() {
                 let top = first + i * cut.height;
                 let height = y.len() / b;
@@ -195,9 +227,7 @@ impl<'a> Sweep<'a> {
                         dispatch::multiply(level, y, &p[k..], &v[k * b..], [b, n, b], [height, depth, b], level.tall());
                     }
                 }
-                let left = &mut worker.left[..height * b];
-                transpose(y, left, height, b);
-                dispatch::multiply(level, &mut worker.sums, left, p, [n, height, n], [b, height, n], level.tall());
+                dispatch::cross(level, &mut worker.sums, y, p, [n, b, n], [b, height, n], level.tall());
             }
             turn.take(number, self.control, || {
                 let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
@@ -212,14 +242,9 @@ impl<'a> Sweep<'a> {
             &Grid::new(vec![cut.segments as u64 * BLOCK], 1),
             threads,
             self.control,
-            || Worker {
-                scratch: Default::default(),
-                panel: vec![0.0; cut.height * n],
-                left: vec![0.0; cut.height * b],
-                sums: Vec::new(),
-            },
+            || Hired::from(&self.workers),
             |_| {},
-            |worker, number, _| segment(worker, number).inspect_err(|_| turn.give_up()),
+            |hired, number, _| segment(&mut hired.worker, number).inspect_err(|_| turn.give_up()),
         )?;
         debug_assert_eq!(parts.len(), cut.segments);
         debug_assert!(rows > 0);
@@ -230,7 +255,7 @@ impl<'a> Sweep<'a> {
         }
         if self.rescaled(squares)? {
             self.control.expect(self.matrix.bytes());
-            return self.products(v, y, b);
+            return self.products(v, y, b, backward);
         }
         Ok((w, *self.squares.get_or_init(|| squares)))
     }
@@ -250,7 +275,7 @@ impl<'a> Sweep<'a> {
             orthonormalise(level, threads, &mut block, b, &space.v, fresh);
             let single: Vec<f32> = block.iter().map(|&x| x as f32).collect();
             let mut y = vec![0.0f32; rows * b];
-            let (w, squares) = self.products(&single, &mut y, b)?;
+            let (w, squares) = self.products(&single, &mut y, b, i % 2 == 1)?;
             // What was multiplied is the rounded block.
             space.v.push(single.iter().map(|&x| f64::from(x)).collect());
             space.y.push(y);
@@ -260,7 +285,13 @@ impl<'a> Sweep<'a> {
             block = if i + 1 < depth { turned.clone() } else { vec![] };
             space.w.push(turned);
         }
+        self.dismiss();
         Ok(space)
+    }
+
+    /// Frees what workers hold.
+    fn dismiss(&self) {
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 }
 
@@ -278,30 +309,11 @@ impl Space {
         self.b * self.v.len()
     }
 
-    /// `left^T right` of all blocks.
-    fn small(&self, level: Level, threads: usize, left: &[Vec<f64>], right: &[Vec<f64>]) -> Vec<f64> {
-        let (b, k) = (self.b, self.dimensions());
-        let mut out = vec![0.0; k * k];
-        for (i, l) in left.iter().enumerate() {
-            for (j, r) in right.iter().enumerate().skip(i) {
-                let c = cross(level, threads, l, b, r, b);
-                for x in 0..b {
-                    for y in 0..b {
-                        out[(i * b + x) * k + j * b + y] = c[x * b + y];
-                        out[(j * b + y) * k + i * b + x] = c[x * b + y];
-                    }
-                }
-            }
-        }
-        out
-    }
-
-    /// Singular values of the projection, and the combinations `x` (`k x kept`, column by column) for which `y x` are the left vectors.
-    fn ritz(&self, level: Level, threads: usize) -> (Vec<f64>, Vec<f64>) {
+    /// What can be told of the projection from small matrices.
+    fn ritz(&self, level: Level, threads: usize) -> Ritz {
         let k = self.dimensions();
-        let h = self.small(level, threads, &self.v, &self.w);
-        let m = self.small(level, threads, &self.w, &self.w);
-        let (values, vectors) = symmetric(&h, k);
+        let (g, m) = (dense::gram(level, threads, &self.y, self.b), dense::gram(level, threads, &self.w, self.b));
+        let (values, vectors) = symmetric(&g, k);
         let kept = values.iter().take_while(|&&d| d > 1e-7 * values[0] && d > 0.0).count();
         let mut z = vec![0.0; k * kept];
         for i in 0..kept {
@@ -315,7 +327,52 @@ impl Space {
         let (squares, rotations) = symmetric(&c, kept);
         let mut q = vec![0.0; kept * kept];
         transpose(&rotations, &mut q, kept, kept);
-        (squares.iter().map(|s| s.max(0.0).sqrt()).collect(), product(level, &z, &q, k, kept, kept))
+        let values = squares.iter().map(|s| s.max(0.0).sqrt()).collect();
+        Ritz { values, x: product(level, &z, &q, k, kept, kept), g, m }
+    }
+}
+
+/// The thin SVD of `(y x) (w x)^T`: `y left`, `s`, and `w right`.
+struct Turned {
+    s: Vec<f64>,
+    left: Vec<f64>,
+    right: Vec<f64>,
+}
+
+/// A projection on the range of `y`, by small matrices.
+struct Ritz {
+    /// Its singular values.
+    values: Vec<f64>,
+    /// `k` rows, as many columns as values: `y x` are the left vectors.
+    x: Vec<f64>,
+    /// `y^T y`.
+    g: Vec<f64>,
+    /// `w^T w`.
+    m: Vec<f64>,
+}
+
+impl Ritz {
+    /// For the first `r` columns `x`, which combinations the triplets are, from small matrices alone: once more, because what small directions lost is in
+    /// the other columns. Nothing if squares lose too much.
+    fn turned(&self, level: Level, x: &[f64], r: usize) -> Option<Turned> {
+        if r == 0 {
+            return None;
+        }
+        let k = x.len() / r;
+        let of = |m: &[f64], x: &[f64]| cross(level, 1, x, r, &product(level, m, x, k, k, r), r);
+        let straight = invert_triangle(&cholesky(&of(&self.g, x), r, 1e-3)?, r);
+        let x = product(level, x, &straight, k, r, r);
+        let (squares, vectors) = symmetric(&of(&self.m, &x), r);
+        if squares[r - 1] <= 0.5 * CLEAR * CLEAR * squares[0] {
+            return None;
+        }
+        let s: Vec<f64> = squares.iter().map(|s| s.sqrt()).collect();
+        let mut turn = vec![0.0; r * r];
+        transpose(&vectors, &mut turn, r, r);
+        let left = product(level, &x, &turn, k, r, r);
+        let mut right = left.clone();
+        right.chunks_exact_mut(r).for_each(|row| row.iter_mut().zip(&s).for_each(|(x, s)| *x /= s));
+        Some(Turned { s, left, right })
     }
 }
 
@@ -350,12 +407,13 @@ pub fn top(matrix: &Matrix<'_>, rank: Rank, seed: u64, settings: &Settings, cont
         if 2 * b * depth(small) > small {
             let mut all = gram::decompose(&sweep)?;
             let r = choose(rank, &all.s, all.squares, scaled(floor)).unwrap_or(all.s.len());
-            cut(&mut all, matrix, r);
+            cut(&mut all, matrix.rows, matrix.columns, r);
             return Ok(Triplets { floor, ..sweep.restored(all)? });
         }
         let space = sweep.space(seed, b)?;
-        let (values, x) = space.ritz(sweep.level, sweep.threads());
-        let chosen = choose(rank, &values, space.squares, scaled(floor));
+        let ritz = space.ritz(sweep.level, sweep.threads());
+        let values = &ritz.values;
+        let chosen = choose(rank, values, space.squares, scaled(floor));
         let enough = match (rank, chosen) {
             (Rank::Fixed(_), _) => true,
             // A block sees no more values that lie close together than it has vectors, and true updates come with such.
@@ -370,7 +428,7 @@ pub fn top(matrix: &Matrix<'_>, rank: Rank, seed: u64, settings: &Settings, cont
         };
         let clear = r <= values.len() && (r == 0 || values[r - 1] > CLEAR * values[0]);
         let triplets = if clear || space.squares == 0.0 {
-            space.triplets(&sweep, &values, &x, r)
+            space.triplets(&sweep, &ritz, r)
         } else {
             space.refined(&sweep, r, seed)?
         };
@@ -403,9 +461,9 @@ pub fn memory(rows: usize, columns: usize, rank: Rank, settings: &Settings) -> [
 fn krylov_memory(rows: usize, columns: usize, b: usize, r: usize, settings: &Settings) -> u64 {
     let blocks = depth(rows.min(columns));
     let [m, n, b, r, k] = [rows, columns, b, r, b * blocks].map(|x| x as u64);
-    let height = Cut::height(columns) as u64;
+    let height = Cut::height(columns);
     let sweep = |b: u64| {
-        let held = 4 * (n * (height + b) + 2 * height * b);
+        let held = Worker::bytes(columns, height, b as usize);
         let threads = (settings.threads() as u64).min((settings.memory_budget / held).max(1));
         threads * (held + SCRATCH) + 8 * n * b
     };
@@ -418,7 +476,7 @@ fn krylov_memory(rows: usize, columns: usize, b: usize, r: usize, settings: &Set
 }
 
 /// How many values a rule takes; nothing if there are not enough of them to say.
-fn choose(rank: Rank, values: &[f64], squares: f64, floor: Option<f64>) -> Option<usize> {
+pub(super) fn choose(rank: Rank, values: &[f64], squares: f64, floor: Option<f64>) -> Option<usize> {
     let holding = |share: f64| {
         let mut sum = 0.0;
         if share * squares <= 0.0 {
@@ -441,14 +499,14 @@ fn choose(rank: Rank, values: &[f64], squares: f64, floor: Option<f64>) -> Optio
 }
 
 /// Keeps the first `r`.
-pub(super) fn cut(all: &mut Triplets, matrix: &Matrix<'_>, r: usize) {
+pub(super) fn cut(all: &mut Triplets, rows: usize, columns: usize, r: usize) {
     let r = r.min(all.rank);
     let keep = |values: &[f32], rows: usize| {
         let width = values.len() / rows;
         values.chunks_exact(width.max(1)).flat_map(|row| row[..r].iter().copied()).collect()
     };
-    all.u = keep(&all.u, matrix.rows);
-    all.v = keep(&all.v, matrix.columns);
+    all.u = keep(&all.u, rows);
+    all.v = keep(&all.v, columns);
     all.s.truncate(r);
     all.rank = r;
     all.residual = residual(all.squares, &all.s);
@@ -470,8 +528,8 @@ pub fn floor(matrix: &Matrix<'_>, seed: u64, settings: &Settings, control: &Cont
         return Ok(gram::spectrum_of(&sweep)?.first().copied().unwrap_or(0.0));
     }
     let space = sweep.space(seed, STEP)?;
-    let (values, _) = space.ritz(sweep.level, sweep.threads());
-    Ok(sweep.restored_values(values)?.first().copied().unwrap_or(0.0))
+    let ritz = space.ritz(sweep.level, sweep.threads());
+    Ok(sweep.restored_values(ritz.values)?.first().copied().unwrap_or(0.0))
 }
 
 impl Sweep<'_> {
@@ -483,19 +541,23 @@ impl Sweep<'_> {
 
 impl Space {
     /// The first `r` triplets from the combinations of [`Space::ritz`].
-    fn triplets(&self, sweep: &Sweep<'_>, values: &[f64], x: &[f64], r: usize) -> Triplets {
-        let (level, threads) = (sweep.level, sweep.threads());
-        let Matrix { rows, columns, .. } = *sweep.matrix;
-        let kept = values.len();
+    fn triplets(&self, sweep: &Sweep<'_>, ritz: &Ritz, r: usize) -> Triplets {
+        let (level, threads, b) = (sweep.level, sweep.threads(), self.b);
+        let kept = ritz.values.len();
         let r = r.min(kept);
-        let mut u = vec![0.0; rows * r];
-        let mut v = vec![0.0; columns * r];
-        for (i, (y, w)) in self.y.iter().zip(&self.w).enumerate() {
-            let part: Vec<f64> = (0..self.b).flat_map(|j| x[(i * self.b + j) * kept..][..r].iter().copied()).collect();
-            add_product(level, threads, &mut u, y, self.b, &part, r);
-            add_product(level, threads, &mut v, w, self.b, &part, r);
+        let x: Vec<f64> = ritz.x.chunks_exact(kept.max(1)).flat_map(|row| row[..r].iter().copied()).collect();
+        if let Some(Turned { s, mut left, right }) = ritz.turned(level, &x, r) {
+            let mut v: Vec<f64> = combine(level, threads, &self.w, b, &right, r);
+            let signs = signs(&v, r);
+            for rows in [&mut left, &mut v] {
+                rows.chunks_exact_mut(r).for_each(|row| row.iter_mut().zip(&signs).for_each(|(x, sign)| *x *= sign));
+            }
+            let (u, v) = (combine(level, threads, &self.y, b, &left, r), v.into_iter().map(|x| x as f32).collect());
+            let residual = residual(self.squares, &s);
+            return Triplets { rank: r, u, s, v, squares: self.squares, residual, floor: None };
         }
         // `v` is A^T u: the singular values are in it.
+        let (u, v) = (combine(level, threads, &self.y, b, &x, r), combine(level, threads, &self.w, b, &x, r));
         finish(level, threads, u, v, r, self.squares)
     }
 
@@ -519,7 +581,8 @@ impl Space {
         }
         drop(q);
         sweep.control.expect(sweep.matrix.bytes());
-        let (w, squares) = sweep.products(&[], &mut single, k)?;
+        let (w, squares) = sweep.products(&[], &mut single, k, false)?;
+        sweep.dismiss();
         let mut turned = vec![0.0; columns * k];
         transpose(&w, &mut turned, k, columns);
         let (_, vectors) = symmetric(&cross(level, threads, &turned, k, &turned, k), k);
@@ -530,188 +593,5 @@ impl Space {
         add_product(level, threads, &mut u, &single, k, &x, r);
         add_product(level, threads, &mut v, &turned, k, &x, r);
         Ok(finish(level, threads, u, v, r, squares))
-    }
-}
-
-/// The thin SVD of `u v^T`, whose factors have `k` columns, rounded to f32.
-pub(super) fn finish(level: Level, threads: usize, u: Vec<f64>, v: Vec<f64>, k: usize, squares: f64) -> Triplets {
-    exactly(level, threads, u, v, k, squares).round()
-}
-
-/// The thin SVD of `u v^T`, whose factors have `k` columns.
-pub(super) fn exactly(level: Level, threads: usize, u: Vec<f64>, v: Vec<f64>, k: usize, squares: f64) -> Exact {
-    if k == 0 {
-        return Exact { u: vec![], s: vec![], v: vec![], squares };
-    }
-    let (u, left) = factor(level, threads, u, k);
-    let (v, right) = factor(level, threads, v, k);
-    let mut turned = vec![0.0; k * k];
-    transpose(&right, &mut turned, k, k);
-    let (s, a, b) = jacobi(&product(level, &left, &turned, k, k, k), k);
-    let turn = |q: &[f64], by: &[f64]| {
-        let mut out = vec![0.0; q.len()];
-        add_product(level, threads, &mut out, q, k, by, k);
-        out
-    };
-    let (mut u, mut v) = (turn(&u, &a), turn(&v, &b));
-    // Columns of `a` that belong to zeros are zero: any direction will do there, none is needed.
-    for j in 0..k {
-        let largest = (0..v.len() / k).map(|i| v[i * k + j]).fold(0.0f64, |m, x| if x.abs() > m.abs() { x } else { m });
-        if largest < 0.0 {
-            u.iter_mut().skip(j).step_by(k).for_each(|x| *x = -*x);
-            v.iter_mut().skip(j).step_by(k).for_each(|x| *x = -*x);
-        }
-    }
-    Exact { u, s, v, squares }
-}
-
-/// `a = q r` with orthonormal `q`.
-fn factor(level: Level, threads: usize, a: Vec<f64>, k: usize) -> (Vec<f64>, Vec<f64>) {
-    let times = |q: &[f64], c: &[f64]| {
-        let mut out = vec![0.0; q.len()];
-        add_product(level, threads, &mut out, q, k, c, k);
-        out
-    };
-    let once = |a: &[f64]| {
-        let r = cholesky(&cross(level, threads, a, k, a, k), k, 1e-13)?;
-        Some((times(a, &invert_triangle(&r, k)), r))
-    };
-    if let Some((q, r)) = once(&a)
-        && let Some((q, second)) = once(&q)
-    {
-        return (q, product(level, &second, &r, k, k, k));
-    }
-    let mut q = a.clone();
-    orthonormalise(level, threads, &mut q, k, &[], Philox::new(0, "", FRESH));
-    let r = cross(level, threads, &q, k, &a, k);
-    (q, r)
-}
-
-/// The thin SVD of `u v^T` for tall `u` (`rows x k`) and `v` (`columns x k`): what a sum of low-rank matrices is, its factors side by side.
-///
-/// # Errors
-/// [`Error::Usage`] for [`Rank::Noise`], which needs the elements.
-pub fn recompress(u: &[f32], v: &[f32], rows: usize, columns: usize, k: usize, rank: Rank) -> Result<Triplets> {
-    if rank == Rank::Noise {
-        return Err(Error::Usage(
-            "the noise floor is found from a matrix's elements, not from its factors; name a rank or a share".into(),
-        ));
-    }
-    if u.len() != rows * k || v.len() != columns * k {
-        return Err(Error::Usage(format!(
-            "factors of {} and {} elements are not {rows} x {k} and {columns} x {k}",
-            u.len(),
-            v.len()
-        )));
-    }
-    let double = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
-    let small = k.min(rows).min(columns);
-    let mut all = if k > rows.min(columns) {
-        // More columns than there are directions: the product itself is the smaller problem.
-        let mut turned = vec![0.0; columns * k];
-        transpose(v, &mut turned, columns, k);
-        return wide(&double(u), &turned, rows, columns, k, rank);
-    } else {
-        finish(Level::current()?, 1, double(u), double(v), k, 0.0)
-    };
-    all.squares = all.s.iter().map(|s| s * s).sum();
-    let r = choose(rank, &all.s, all.squares, None).unwrap_or(small).min(small);
-    keep(&mut all, rows, columns, r);
-    Ok(all)
-}
-
-fn keep(all: &mut Triplets, rows: usize, columns: usize, r: usize) {
-    let matrix = Matrix { name: "", rows, columns, start: 0, elements: (rows * columns) as u64, terms: &[] };
-    cut(all, &matrix, r);
-}
-
-/// [`recompress`] for factors with more columns than a side has: QR of nothing, but the small side's eigenproblem.
-fn wide(u: &[f64], turned: &[f64], rows: usize, columns: usize, k: usize, rank: Rank) -> Result<Triplets> {
-    let level = Level::current()?;
-    let a = product(level, u, turned, rows, k, columns);
-    let small = rows.min(columns);
-    let (tall, count) = if rows >= columns {
-        (a, rows)
-    } else {
-        let mut t = vec![0.0; a.len()];
-        transpose(&a, &mut t, rows, columns);
-        (t, columns)
-    };
-    let mut identity = vec![0.0; small * small];
-    (0..small).for_each(|i| identity[i * small + i] = 1.0);
-    let mut all = finish(level, 1, tall, identity, small, 0.0);
-    if rows < columns {
-        std::mem::swap(&mut all.u, &mut all.v);
-    }
-    debug_assert_eq!(all.v.len() + all.u.len(), (count + small) * small);
-    all.squares = all.s.iter().map(|s| s * s).sum();
-    let r = choose(rank, &all.s, all.squares, None).unwrap_or(small).min(small);
-    keep(&mut all, rows, columns, r);
-    Ok(all)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn random(rows: usize, columns: usize, seed: u64) -> Vec<f32> {
-        let mut values = vec![0.0f32; rows * columns];
-        dispatch::normal(Level::portable(), &mut values, Philox::new(seed, "t", 1), 0, 1.0);
-        values
-    }
-
-    fn multiplied(u: &[f32], v: &[f32], rows: usize, columns: usize, k: usize) -> Vec<f64> {
-        let at = |i: usize, j: usize| (0..k).map(|l| f64::from(u[i * k + l]) * f64::from(v[j * k + l])).sum();
-        (0..rows * columns).map(|e| at(e / columns, e % columns)).collect()
-    }
-
-    #[test]
-    fn factors_side_by_side_are_recompressed_to_the_same_sum() {
-        // Also with more factors than a side has directions, and with factors that repeat.
-        for (rows, columns, k) in [(60, 45, 7), (20, 50, 30), (50, 20, 30), (33, 1, 2)] {
-            let (u, mut v) = (random(rows, k, 1), random(columns, k, 2));
-            for row in v.chunks_exact_mut(k) {
-                row[k - 1] = row[0];
-            }
-            let a = multiplied(&u, &v, rows, columns, k);
-            let norm = a.iter().map(|x| x * x).sum::<f64>().sqrt();
-            let all = recompress(&u, &v, rows, columns, k, Rank::Fixed(k)).expect("fits");
-            let mut scaled = all.u.clone();
-            for row in scaled.chunks_exact_mut(all.rank) {
-                row.iter_mut().zip(&all.s).for_each(|(x, &s)| *x *= s as f32);
-            }
-            let b = multiplied(&scaled, &all.v, rows, columns, all.rank);
-            let off = a.iter().zip(&b).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt();
-            assert!(off < 2e-6 * norm, "{rows} x {columns}, {k}: {off} of {norm}");
-            assert!(all.s.is_sorted_by(|a, b| a >= b));
-            let half = recompress(&u, &v, rows, columns, k, Rank::Error(0.5)).expect("fits");
-            assert!(half.rank <= all.rank && half.residual <= 0.5 * norm * (1.0 + 1e-9));
-        }
-        assert!(recompress(&[1.0], &[1.0], 1, 1, 1, Rank::Noise).is_err());
-        assert!(recompress(&[1.0], &[1.0], 2, 1, 1, Rank::Fixed(1)).is_err());
-    }
-
-    #[test]
-    fn dependent_columns_become_orthonormal_ones() {
-        let level = Level::portable();
-        let (rows, b) = (90, 16);
-        for copies in [1, 5, 16] {
-            let mut w: Vec<f64> = random(rows, b, 3).iter().map(|&x| f64::from(x)).collect();
-            for row in w.chunks_exact_mut(b) {
-                let first = row[0];
-                row[..copies].fill(first);
-            }
-            let mut earlier: Vec<f64> = random(rows, b, 4).iter().map(|&x| f64::from(x)).collect();
-            orthonormalise(level, 1, &mut earlier, b, &[], Philox::new(0, "t", 5));
-            let earlier = [earlier];
-            orthonormalise(level, 1, &mut w, b, &earlier, Philox::new(0, "t", 6));
-            let (own, other) = (cross(level, 1, &w, b, &w, b), cross(level, 1, &earlier[0], b, &w, b));
-            for i in 0..b {
-                for j in 0..b {
-                    let wanted = if i == j { 1.0 } else { 0.0 };
-                    assert!((own[i * b + j] - wanted).abs() < 1e-12 && other[i * b + j].abs() < 1e-12);
-                }
-            }
-        }
     }
 }

@@ -213,7 +213,7 @@ mod _reasonvec {
         let floats =
             |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect::<Vec<f32>>();
         let (u, v) = (floats(u), floats(v));
-        let found = enter(py, None, |_| linalg::rsvd::recompress(&u, &v, rows, columns, k, rank))?;
+        let found = enter(py, None, |_| linalg::thin::recompress(&u, &v, rows, columns, k, rank))?;
         triplets(py, [rows, columns], found)
     }
 

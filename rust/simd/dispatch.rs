@@ -195,6 +195,10 @@ stamp!(
     multiply [W: Work] (into: &mut [W], a: &[W], b: &[W], strides: [usize; 3], size: [usize; 3], tall: usize)
 );
 stamp!(
+    /// [`kernel::cross`] at a level.
+    cross [W: Work] (into: &mut [W], a: &[W], b: &[W], strides: [usize; 3], size: [usize; 3], tall: usize)
+);
+stamp!(
     /// [`kernel::turn`] at a level.
     turn [W: Work] (strip: &mut [W], from: usize, turns: &[[W; 2]])
 );

@@ -169,3 +169,95 @@ fn tile<W: Work, const R: usize, const C: usize>(
     }
     R
 }
+
+/// `into[i][..columns] += sum over k of a[k][i] * b[k][..columns]`: [`multiply`] by a transpose, which nobody has to make. Rows of `into`, `a` and `b`
+/// are `strides` apart; the size is that of the result and the depth. The same bits as those of [`multiply`].
+#[inline(always)]
+pub fn cross<W: Work>(into: &mut [W], a: &[W], b: &[W], strides: [usize; 3], size: [usize; 3], tall: usize) {
+    // Taller than those of `multiply`: what a tile takes from `a` lies side by side.
+    match (size_of::<W>() > 4, tall) {
+        (true, 12..) => crosses::<W, 16, 8>(into, a, b, strides, size),
+        (true, 6..) => crosses::<W, 4, 8>(into, a, b, strides, size),
+        (true, _) => crosses::<W, 2, 8>(into, a, b, strides, size),
+        (false, 12..) => crosses::<W, 16, 16>(into, a, b, strides, size),
+        (false, 6..) => crosses::<W, 4, 16>(into, a, b, strides, size),
+        (false, _) => crosses::<W, 2, 8>(into, a, b, strides, size),
+    }
+}
+
+/// [`cross`] in tiles of `R` rows and `C` columns, and smaller ones at the edges.
+#[inline(always)]
+fn crosses<W: Work, const R: usize, const C: usize>(
+    into: &mut [W],
+    a: &[W],
+    b: &[W],
+    strides: [usize; 3],
+    [rows, depth, columns]: [usize; 3],
+) {
+    if depth == 0 {
+        return;
+    }
+    let whole = columns - columns % C;
+    for j in (0..whole).step_by(C) {
+        let b = &b[j..];
+        let mut i = 0;
+        while i < rows {
+            let (into, a) = (&mut into[i * strides[0] + j..], &a[i..]);
+            i += match rows - i {
+                left if left >= R => cross_tile::<W, R, C>(into, a, b, strides, depth),
+                4.. => cross_tile::<W, 4, C>(into, a, b, strides, depth),
+                2.. => cross_tile::<W, 2, C>(into, a, b, strides, depth),
+                _ => cross_tile::<W, 1, C>(into, a, b, strides, depth),
+            };
+        }
+    }
+    if whole < columns {
+        let width = columns - whole;
+        for i in 0..rows {
+            let mut sums = [W::ZERO; C];
+            let sums = &mut sums[..width];
+            for k in 0..depth {
+                let a = a[k * strides[1] + i];
+                for (s, &b) in sums.iter_mut().zip(&b[k * strides[2] + whole..][..width]) {
+                    *s = *s + a * b;
+                }
+            }
+            for (o, &s) in into[i * strides[0] + whole..][..width].iter_mut().zip(&*sums) {
+                *o = *o + s;
+            }
+        }
+    }
+}
+
+/// As the tiles of [`multiply`]. Compilers are not to know that what is taken from `a` are neighbours: they would take those for lanes, and then keep sums in
+/// memory.
+#[inline(always)]
+fn cross_tile<W: Work, const R: usize, const C: usize>(
+    into: &mut [W],
+    a: &[W],
+    b: &[W],
+    [wide, deep, under]: [usize; 3],
+    depth: usize,
+) -> usize {
+    let next = std::hint::black_box(1);
+    let rows: [&[W]; R] = std::array::from_fn(|r| &a[r * next..][..(depth - 1) * deep + 1]);
+    let b = &b[..(depth - 1) * under + C];
+    let mut sums = [[W::ZERO; C]; R];
+    for k in 0..depth {
+        let mut lanes = [W::ZERO; C];
+        lanes.copy_from_slice(&b[k * under..][..C]);
+        for r in 0..R {
+            let a = rows[r][k * deep];
+            for c in 0..C {
+                sums[r][c] = sums[r][c] + a * lanes[c];
+            }
+        }
+    }
+    for r in 0..R {
+        let into = &mut into[r * wide..][..C];
+        for c in 0..C {
+            into[c] = into[c] + sums[r][c];
+        }
+    }
+    R
+}
