@@ -294,7 +294,7 @@ impl Mask {
         let searches = if self.elements > crate::select::SAMPLE { self.searches.len() as u64 } else { 0 };
         let sums = if self.stages.contains(&Stage::Sums) { blocks * (16 * self.weights.len() as u64 + 24) } else { 0 };
         let rows = if matches!(self.rule, Rule::Fusion) { 8 * self.elements.div_ceil(self.row) } else { 0 };
-        searches * Search::memory() + sums + rows
+        searches * Search::memory(self.elements) + sums + rows
     }
 
     pub(super) fn memory(&self) -> u64 {

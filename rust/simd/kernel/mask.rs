@@ -179,9 +179,11 @@ impl<W: Work> Vote<W> {
         let [neither, only_first, only_second, both] = self.divisors;
         let sum = d + e;
         let (acc, by) = if ELECT {
-            let (up, down) = (sum >= W::ZERO, sum < W::ZERO);
-            let d_agrees = ((d > W::ZERO) & up) | ((d < W::ZERO) & down);
-            let e_agrees = ((e > W::ZERO) & up) | ((e < W::ZERO) & down);
+            // With the sign of the sum turned off, what has that sign is positive.
+            let sign = sum.bits() ^ sum.magnitude();
+            let ordered = sum >= W::ZERO || sum < W::ZERO;
+            let agrees = |x: W| ordered & (W::from_magnitude(x.bits() ^ sign) > W::ZERO);
+            let (d_agrees, e_agrees) = (agrees(d), agrees(e));
             let acc = if d_agrees { d } else { W::ZERO } + if e_agrees { e } else { W::ZERO };
             let without = if d_agrees { only_first } else { neither };
             let with = if d_agrees { both } else { only_second };
