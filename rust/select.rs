@@ -13,7 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock};
 use crate::bf16::{Element, Work};
 use crate::simd::Level;
 use crate::simd::dispatch::{self, MICRO, Sifted};
-use crate::stream::Control;
+use crate::stream::{BLOCK, Control};
 use crate::{Error, Result};
 
 /// Elements of a sample; a shorter stream is looked at whole.
@@ -76,6 +76,16 @@ pub struct Search {
     wanted: Wanted,
     pass: RwLock<Option<Arc<Pass>>>,
     found: OnceLock<Threshold>,
+    last: OnceLock<Last>,
+}
+
+/// The block of the last equal that is taken, and which equal of that block it is, counted from one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Last {
+    /// Which block.
+    pub block: u64,
+    /// Which of its equals.
+    pub nth: u64,
 }
 
 /// How many of the largest are wanted.
@@ -96,6 +106,8 @@ pub struct Pass {
     /// Zeros, where they are counted.
     none: AtomicU64,
     zeros: bool,
+    /// What each block has at the lower end of the range, and at the upper.
+    ends: Box<[[AtomicU32; 2]]>,
     counts: Box<[AtomicU64]>,
     /// The one key of a bucket, from the bucket's start and plus one.
     only: Box<[AtomicU32]>,
@@ -119,13 +131,14 @@ impl Default for Tally {
 }
 
 impl Pass {
-    fn new(lo: u64, hi: u64, zeros: bool) -> Self {
+    fn new(lo: u64, hi: u64, zeros: bool, elements: u64) -> Self {
         let span = hi - lo;
         let shift = (u64::BITS - span.leading_zeros()).saturating_sub(BUCKETS.trailing_zeros());
         let buckets = (span >> shift) as usize + 1;
         let counts = (0..buckets).map(|_| AtomicU64::new(0)).collect();
         let only = (0..buckets).map(|_| AtomicU32::new(EMPTY)).collect();
-        Self { lo, hi, shift, above: AtomicU64::new(0), none: AtomicU64::new(0), zeros, counts, only }
+        let ends = (0..elements.div_ceil(BLOCK)).map(|_| Default::default()).collect();
+        Self { lo, hi, shift, above: AtomicU64::new(0), none: AtomicU64::new(0), zeros, ends, counts, only }
     }
 
     /// Counts at most MICRO elements.
@@ -184,12 +197,15 @@ impl Pass {
         }
     }
 
-    /// Hands a worker's counts over.
-    pub fn close(&self, tally: &mut Tally) {
+    /// Hands a worker's counts over, those of one block or of a part of it.
+    pub fn close(&self, block: u64, tally: &mut Tally) {
         self.above.fetch_add(std::mem::take(&mut tally.above), Ordering::Relaxed);
         self.none.fetch_add(std::mem::take(&mut tally.zeros), Ordering::Relaxed);
-        self.put(self.hi, std::mem::take(&mut tally.highest));
-        let lowest = std::mem::take(&mut tally.lowest);
+        let (lowest, highest) = (std::mem::take(&mut tally.lowest), std::mem::take(&mut tally.highest));
+        for (count, own) in self.ends[block as usize].iter().zip([lowest, highest]) {
+            count.fetch_add(own as u32, Ordering::Relaxed);
+        }
+        self.put(self.hi, highest);
         if self.lo < self.hi {
             self.put(self.lo, lowest);
         }
@@ -197,6 +213,20 @@ impl Pass {
             self.put(slot.0, slot.1);
             *slot = (0, 0);
         }
+    }
+
+    /// Where the last of so many elements that have a key is, if the key is an end of the range.
+    fn last(&self, key: u64, wanted: u64) -> Option<Last> {
+        let end = [self.lo, self.hi].iter().position(|&end| end == key)?;
+        let mut left = wanted;
+        for (block, ends) in self.ends.iter().enumerate() {
+            let own = u64::from(ends[end].load(Ordering::Relaxed));
+            if left <= own {
+                return Some(Last { block: block as u64, nth: left });
+            }
+            left -= own;
+        }
+        None
     }
 
     fn put(&self, key: u64, count: u64) {
@@ -230,7 +260,7 @@ impl Search {
         if let Some(answer) = answer {
             let _ = found.set(answer);
         }
-        Self { elements, wanted: Wanted::Count(wanted), pass: RwLock::new(None), found }
+        Self { elements, wanted: Wanted::Count(wanted), pass: RwLock::new(None), found, last: OnceLock::new() }
     }
 
     /// The search for the smallest of the largest `int(share * n)`, `n` being the number of magnitudes that are not zero.
@@ -239,12 +269,23 @@ impl Search {
         if elements == 0 {
             let _ = found.set(NOTHING);
         }
-        Self { elements, wanted: Wanted::Share(share, OnceLock::new()), pass: RwLock::new(None), found }
+        Self {
+            elements,
+            wanted: Wanted::Share(share, OnceLock::new()),
+            pass: RwLock::new(None),
+            found,
+            last: OnceLock::new(),
+        }
     }
 
     /// The answer, once there is one.
     pub fn found(&self) -> Option<Threshold> {
         self.found.get().copied()
+    }
+
+    /// Where its last equal is, if the pass that found the answer saw that.
+    pub fn last(&self) -> Option<Last> {
+        self.last.get().copied()
     }
 
     /// Whether a sample would help: not when there is an answer, or a pass has begun.
@@ -293,7 +334,7 @@ impl Search {
         self.pass
             .write()
             .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert_with(|| Arc::new(Pass::new(lo, hi, zeros)));
+            .get_or_insert_with(|| Arc::new(Pass::new(lo, hi, zeros, self.elements)));
     }
 
     /// Takes part in another search's pass over the same stream, if it is the same: neighbouring ranks have one bracket.
@@ -351,12 +392,15 @@ impl Search {
                 break;
             }
         }
-        *slot = range.map(|(lo, hi)| Arc::new(Pass::new(lo, hi, false)));
+        if let Some(last) = self.found().and_then(|found| pass.last(found.key, found.take)) {
+            let _ = self.last.set(last);
+        }
+        *slot = range.map(|(lo, hi)| Arc::new(Pass::new(lo, hi, false, self.elements)));
     }
 
-    /// The most bytes that a search holds.
-    pub fn memory() -> u64 {
-        BUCKETS * 12
+    /// The most bytes that a search of so many elements holds.
+    pub fn memory(elements: u64) -> u64 {
+        BUCKETS * 12 + elements.div_ceil(BLOCK) * 8
     }
 }
 
@@ -424,12 +468,13 @@ impl Order {
         let _ = self.cuts[search].set(at);
     }
 
-    /// Waits for the blocks before `block`, tells what it has itself (one count a search), and gives what came before. `None` if every cut became known meanwhile.
+    /// Waits for the blocks before `block`, tells what it has itself (one count a search), and gives what came before. `None` if every cut of the searches
+    /// that are `open` became known meanwhile.
     ///
     /// # Errors
     /// [`Error::Cancelled`] when an earlier block will not come.
-    pub fn pass(&self, block: u64, own: &[u64], control: &Control) -> Result<Option<Vec<u64>>> {
-        let known = || self.cuts.iter().all(|c| c.get().is_some());
+    pub fn pass(&self, block: u64, open: &[usize], own: &[u64], control: &Control) -> Result<Option<Vec<u64>>> {
+        let known = || open.iter().all(|&search| self.cut(search).is_some());
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         while state.next != block {
             if known() {
@@ -485,14 +530,24 @@ mod tests {
         while let Some(pass) = search.pass() {
             // Two workers, so that the counts of both are joined.
             let mut tallies = [Tally::default(), Tally::default()];
-            for (i, x) in values.chunks(MICRO).enumerate() {
-                pass.count(level, x, &mut tallies[i % 2]);
+            for (block, values) in values.chunks(BLOCK as usize).enumerate() {
+                for (i, x) in values.chunks(MICRO).enumerate() {
+                    pass.count(level, x, &mut tallies[i % 2]);
+                }
+                tallies.iter_mut().for_each(|t| pass.close(block as u64, t));
             }
-            tallies.iter_mut().for_each(|t| pass.close(t));
             search.end_pass::<W>();
             passes += 1;
         }
-        (search.found().unwrap(), passes)
+        let found = search.found().unwrap();
+        if let Some(last) = search.last() {
+            let equal = |x: &W| u64::from(x.magnitude().into() == found.key);
+            let mut before = values.chunks(BLOCK as usize).map(|block| block.iter().map(equal).sum::<u64>());
+            let earlier: u64 = before.by_ref().take(last.block as usize).sum();
+            assert_eq!(earlier + last.nth, found.take);
+            assert!((1..=before.next().unwrap()).contains(&last.nth));
+        }
+        (found, passes)
     }
 
     fn stream(kind: u8, n: usize, seed: u64) -> Vec<f64> {
@@ -517,7 +572,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
         #[test]
-        fn the_answer_is_what_sorting_finds(kind in 0u8..6, n in 1usize..200_000, share in 0.0f64..1.0, seed in 0u64..1 << 40) {
+        fn the_answer_is_what_sorting_finds(kind in 0u8..6, n in 1usize..400_000, share in 0.0f64..1.0, seed in 0u64..1 << 40) {
             let values = stream(kind, n, seed);
             let single: Vec<f32> = values.iter().map(|&x| x as f32).collect();
             let wanted = ((share * n as f64) as u64).max(1).min(n as u64 - 1);

@@ -9,17 +9,18 @@ use crate::stream::BLOCK;
 /// Rows shorter than this are sorted by comparison.
 const SHORT: usize = 256;
 /// Of the powers of two below the largest magnitude, those that have buckets of their own.
-const OCTAVES: u32 = 12;
+const OCTAVES: u32 = 6;
 const DIGIT: u32 = 11;
 
 /// Ranks by falling magnitude, of equals the lowest index first. The differences of 16-bit formats have few values, so most buckets of magnitudes hold one,
 /// and ranks are a matter of counting; only what shares its bucket with other values is sorted.
 #[derive(Debug, Default)]
 pub(super) struct Ranks {
-    /// What [`Ranks::find`] found. Where the magnitude is zero it may be any number below the row's length.
+    /// What [`Ranks::find`] found, in whole groups of 64. Where the magnitude is zero it may be any number below the row's length.
     pub(super) ranks: Vec<u32>,
+    /// A bit for each element, in words of 64, that is unset only where the magnitude is zero.
+    pub(super) some: Vec<u64>,
     buckets: Vec<u32>,
-    some: Vec<u64>,
     odd: Vec<u64>,
     counts: Vec<u32>,
     mixed: Vec<u32>,
@@ -30,15 +31,16 @@ pub(super) struct Ranks {
 impl Ranks {
     /// Bytes for rows of a length.
     pub(super) fn memory(row: u64) -> u64 {
-        row * 29 + u64::from(OCTAVES << 10) * 4
+        row.next_multiple_of(64) * 29 + u64::from(OCTAVES << 10) * 4
     }
 
     /// Ranks the elements of a row of at most 2^31.
     pub(super) fn find<W: Work>(&mut self, level: Level, row: &[W]) {
         let n = row.len();
-        if self.ranks.len() != n {
+        let room = n.next_multiple_of(64);
+        if self.ranks.len() != room {
             self.ranks.clear();
-            self.ranks.resize(n, 0);
+            self.ranks.resize(room, 0);
         }
         if size_of::<W>() == 8 || n < SHORT {
             self.sorted.clear();
@@ -48,6 +50,11 @@ impl Ranks {
             return;
         } else {
             self.sort(row);
+        }
+        self.some.clear();
+        self.some.resize(room / 64, u64::MAX);
+        if let Some(last) = self.some.last_mut() {
+            *last >>= room - n;
         }
         for (rank, &word) in self.sorted.iter().enumerate() {
             self.ranks[(word & u64::from(u32::MAX)) as usize] = rank as u32;
@@ -67,7 +74,7 @@ impl Ranks {
             largest = largest.max(dispatch::keys(level, buckets, row));
         }
         // As many buckets as a row of differences has values, more or less.
-        let shift = 15 - (n / 3072).min(2) as u32;
+        let shift = 16 - (n / 3072).min(2) as u32;
         let lowest = (largest >> shift).saturating_sub(OCTAVES << (23 - shift));
         let all = (largest >> shift) - lowest + 2;
         dispatch::buckets(level, buckets, some, odd, shift, lowest);
@@ -79,7 +86,7 @@ impl Ranks {
             before += std::mem::replace(count, before);
         }
         dispatch::mark(level, counts, buckets, odd);
-        mixed.resize(n + 1, 0);
+        mixed.resize(n, 0);
         let found = dispatch::rank(level, ranks, mixed, counts, buckets, some);
         if found > n / 4 {
             return false;

@@ -271,6 +271,10 @@ stamp!(
     rank [] (ranks: &mut [u32], mixed: &mut [u32], counts: &mut [u32], buckets: &[u32], some: &[u64]) -> usize
 );
 stamp!(
+    /// [`kernel::look_up`] at a level.
+    look_up [W: Work] (lasts: &mut [u32], shares: &mut [W], ranks: &[u32], terms: &[(u32, W)], some: &[u64])
+);
+stamp!(
     /// [`kernel::minus`] at a level.
     minus [] (into: &mut [f64], y: &[f64], x: &[f64])
 );

@@ -196,7 +196,7 @@ mod tests {
             let gates = Gates::new(1);
             assert!(ends(threads, |i, control| gates.wait(Visit { tensor: 0, stage: i }, control)));
             let order = Order::new(1);
-            assert!(ends(threads, |i, control| order.pass(i as u64, &[1], control).map(|_| ())));
+            assert!(ends(threads, |i, control| order.pass(i as u64, &[0], &[1], control).map(|_| ())));
         }
     }
 

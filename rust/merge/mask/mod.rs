@@ -119,8 +119,36 @@ pub(super) struct Scratch<W> {
     chosen: Vec<Vec<W>>,
     chosen_from: usize,
     ranks: Ranks,
-    /// For each rank the last word with which it stays, and what it is divided by; zero if it never stays.
-    terms: Vec<(u32, W)>,
+    terms: Terms<W>,
+}
+
+/// For each rank in a row the last word with which it stays, and what it is divided by; zero if it never stays.
+#[derive(Debug, Default)]
+struct Terms<W> {
+    /// The row's length, density, epsilon, and whether something is divided.
+    of: (u64, f64, f64, bool),
+    each: Vec<(u32, W)>,
+}
+
+impl<W: Work> Terms<W> {
+    /// Makes the terms of rows, unless they are made.
+    fn fit(&mut self, of: (u64, f64, f64, bool)) -> &[(u32, W)] {
+        let (row, density, epsilon, divide) = of;
+        if self.of != of {
+            let last = (row.max(2) - 1) as f64;
+            self.of = of;
+            self.each.clear();
+            self.each.extend((0..row).map(|rank| {
+                let p = if row == 1 { density } else { (density + epsilon) - (2.0 * epsilon) * (rank as f64 / last) };
+                let p = p.clamp(0.0, 1.0);
+                match word_bound(p) {
+                    0 => (0, W::ZERO),
+                    bound => ((bound - 1) as u32, if divide { W::from_f64(p) } else { W::from_f64(1.0) }),
+                }
+            }));
+        }
+        &self.each
+    }
 }
 
 /// Up to some index elements of a magnitude stay that do not after it.
@@ -294,7 +322,7 @@ impl Mask {
         let searches = if self.elements > crate::select::SAMPLE { self.searches.len() as u64 } else { 0 };
         let sums = if self.stages.contains(&Stage::Sums) { blocks * (16 * self.weights.len() as u64 + 24) } else { 0 };
         let rows = if matches!(self.rule, Rule::Fusion) { 8 * self.elements.div_ceil(self.row) } else { 0 };
-        searches * Search::memory() + sums + rows
+        searches * Search::memory(self.elements) + sums + rows
     }
 
     pub(super) fn memory(&self) -> u64 {

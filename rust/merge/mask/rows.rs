@@ -13,7 +13,7 @@ use super::super::method::Worker;
 use super::super::points::{Lanes, Opened, Points};
 use super::super::prepare::Job;
 use super::super::rows::divergence;
-use super::{Choice, Mask, Rule, Scratch, word_bound};
+use super::{Choice, Mask, Rule, Scratch};
 
 impl Mask {
     /// A row belongs to the tile in which it begins, which reads all of it.
@@ -97,16 +97,7 @@ impl Mask {
                 worker.check::<W>(job, finite, block)?;
                 finite = true;
             }
-            let last = (row.max(2) - 1) as f64;
-            terms.clear();
-            terms.extend((0..row.min(self.elements)).map(|rank| {
-                let p = if row == 1 { *density } else { (density + epsilon) - (2.0 * epsilon) * (rank as f64 / last) };
-                let p = p.clamp(0.0, 1.0);
-                match word_bound(p) {
-                    0 => (0, W::ZERO),
-                    bound => ((bound - 1) as u32, if *divide { W::from_f64(p) } else { W::from_f64(1.0) }),
-                }
-            }));
+            let terms = terms.fit((row, *density, *epsilon, *divide));
             for start in (0..n).step_by(row as usize) {
                 let x = &mut wide[start..(start + row as usize).min(n)];
                 ranks.find(worker.level, x);
@@ -118,10 +109,10 @@ impl Mask {
                     dispatch::words(worker.level, words, *generator, aligned);
                     let words = &words[(piece.start - aligned) as usize..];
                     let (from, n) = ((piece.start - at) as usize, words.len());
-                    let (lasts, shares) = (&mut lasts[..n], &mut shares[..n]);
-                    for ((last, share), &rank) in lasts.iter_mut().zip(&mut *shares).zip(&ranks.ranks[from..]) {
-                        (*last, *share) = terms[rank as usize];
-                    }
+                    let groups = from / 64..(from + n).div_ceil(64);
+                    let (ranks, some) = (&ranks.ranks[from..groups.end * 64], &ranks.some[groups]);
+                    dispatch::look_up(worker.level, lasts, shares, ranks, terms, some);
+                    let (lasts, shares) = (&lasts[..n], &shares[..n]);
                     dispatch::keep_drawn(worker.level, &mut x[from..from + n], words, lasts, shares);
                 }
             }

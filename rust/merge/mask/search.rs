@@ -1,5 +1,6 @@
 //! Thresholds over one tensor: the sample, the passes, and where equals stop being taken.
 
+use std::cmp::Ordering;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 
@@ -109,40 +110,52 @@ impl Mask {
         if passes.iter().all(Option::is_none) {
             return Ok(());
         }
-        let Range { start, end } = tile.elements;
-        for at in (start..end).step_by(WINDOW as usize) {
-            let window = at..(at + WINDOW).min(end);
-            let mut opened = Opened::new(worker.level, job, &window, worker.pool)?;
-            let mut points = opened.points();
-            let direct = self.is_direct(&points, &window) && passes.iter().flatten().all(|pass| pass.is_plain());
-            if direct {
-                for elements in micros(window) {
-                    let mut finite = true;
-                    for ((pass, tally), &input) in passes.iter().zip(&mut scratch.tallies).zip(&self.over) {
-                        if let (Some(pass), Some((dtype, pair))) = (pass, points.pair(input, &elements)) {
-                            let largest =
-                                with_element!(dtype, E => pass.count_apart::<E, W>(worker.level, pair, tally));
-                            finite &= W::from_magnitude(largest).is_finite();
-                        }
-                    }
-                    worker.check::<W>(job, finite, &elements)?;
-                }
-                continue;
+        for (block, range) in tile.blocks() {
+            for at in range.clone().step_by(WINDOW as usize) {
+                let window = at..(at + WINDOW).min(range.end);
+                self.count_window(worker, job, window, &passes, scratch)?;
             }
-            for elements in points.spans(&window) {
-                let finite = self.values(&mut points, &mut scratch.lanes, 0, &elements)?;
-                worker.check::<W>(job, finite, &elements)?;
-                let n = (elements.end - elements.start) as usize;
-                for ((pass, tally), &input) in passes.iter().zip(&mut scratch.tallies).zip(&self.over) {
-                    if let Some(pass) = pass {
-                        pass.count(worker.level, &self.stream(&scratch.lanes, input)[..n], tally);
-                    }
+            for (pass, tally) in passes.iter().zip(&mut scratch.tallies) {
+                if let Some(pass) = pass {
+                    pass.close(block, tally);
                 }
             }
         }
-        for (pass, tally) in passes.iter().zip(&mut scratch.tallies) {
-            if let Some(pass) = pass {
-                pass.close(tally);
+        Ok(())
+    }
+
+    fn count_window<W: Work>(
+        &self,
+        worker: Worker<'_>,
+        job: &Job,
+        window: Range<u64>,
+        passes: &[Option<Arc<Pass>>],
+        scratch: &mut Scratch<W>,
+    ) -> Result<()> {
+        let mut opened = Opened::new(worker.level, job, &window, worker.pool)?;
+        let mut points = opened.points();
+        let direct = self.is_direct(&points, &window) && passes.iter().flatten().all(|pass| pass.is_plain());
+        if direct {
+            for elements in micros(window) {
+                let mut finite = true;
+                for ((pass, tally), &input) in passes.iter().zip(&mut scratch.tallies).zip(&self.over) {
+                    if let (Some(pass), Some((dtype, pair))) = (pass, points.pair(input, &elements)) {
+                        let largest = with_element!(dtype, E => pass.count_apart::<E, W>(worker.level, pair, tally));
+                        finite &= W::from_magnitude(largest).is_finite();
+                    }
+                }
+                worker.check::<W>(job, finite, &elements)?;
+            }
+            return Ok(());
+        }
+        for elements in points.spans(&window) {
+            let finite = self.values(&mut points, &mut scratch.lanes, 0, &elements)?;
+            worker.check::<W>(job, finite, &elements)?;
+            let n = (elements.end - elements.start) as usize;
+            for ((pass, tally), &input) in passes.iter().zip(&mut scratch.tallies).zip(&self.over) {
+                if let Some(pass) = pass {
+                    pass.count(worker.level, &self.stream(&scratch.lanes, input)[..n], tally);
+                }
             }
         }
         Ok(())
@@ -160,10 +173,23 @@ impl Mask {
         block: &Range<u64>,
         scratch: &mut Scratch<W>,
     ) -> Result<()> {
-        let open: Vec<usize> = (0..self.searches.len()).filter(|&i| self.order.cut(i).is_none()).collect();
         let found =
             |i: usize| self.searches[i].found().unwrap_or(crate::select::Threshold { key: 0, equal: 0, take: 0 });
-        let mut at = vec![None; self.searches.len()];
+        let (mut open, mut at) = (Vec::new(), vec![None; self.searches.len()]);
+        for (i, search) in self.searches.iter().enumerate() {
+            match search.last() {
+                _ if self.order.cut(i).is_some() => {}
+                None => open.push(i),
+                Some(last) => match last.block.cmp(&(block.start / BLOCK)) {
+                    Ordering::Less => at[i] = Some(0),
+                    Ordering::Greater => at[i] = Some(u64::MAX),
+                    Ordering::Equal => {
+                        let cut = self.position(points, block, scratch, i, last.nth)?;
+                        self.order.set_cut(i, cut);
+                    }
+                },
+            }
+        }
         if !open.is_empty() {
             let mut own = vec![0; self.searches.len()];
             for elements in points.spans(block) {
@@ -186,7 +212,7 @@ impl Mask {
                     };
                 }
             }
-            let before = self.order.pass(block.start / BLOCK, &own, worker.control)?;
+            let before = self.order.pass(block.start / BLOCK, &open, &own, worker.control)?;
             for &i in &open {
                 let Some(before) = &before else { break };
                 let take = found(i).take;

@@ -1,7 +1,7 @@
 //! Which differences are kept: bands of magnitude, signs, counts, and the sums over what stays.
 
 use super::random::Draw;
-use super::{LANES, elements};
+use super::{GROUP, elements};
 use crate::bf16::{Element, Work};
 
 /// `x = x - base`; the largest magnitude of the result.
@@ -179,9 +179,11 @@ impl<W: Work> Vote<W> {
         let [neither, only_first, only_second, both] = self.divisors;
         let sum = d + e;
         let (acc, by) = if ELECT {
-            let (up, down) = (sum >= W::ZERO, sum < W::ZERO);
-            let d_agrees = ((d > W::ZERO) & up) | ((d < W::ZERO) & down);
-            let e_agrees = ((e > W::ZERO) & up) | ((e < W::ZERO) & down);
+            // With the sign of the sum turned off, what has that sign is positive.
+            let sign = sum.bits() ^ sum.magnitude();
+            let ordered = sum >= W::ZERO || sum < W::ZERO;
+            let agrees = |x: W| ordered & (W::from_magnitude(x.bits() ^ sign) > W::ZERO);
+            let (d_agrees, e_agrees) = (agrees(d), agrees(e));
             let acc = if d_agrees { d } else { W::ZERO } + if e_agrees { e } else { W::ZERO };
             let without = if d_agrees { only_first } else { neither };
             let with = if d_agrees { both } else { only_second };
@@ -366,14 +368,14 @@ pub fn exp_less(x: &mut [f64], m: f64) {
 #[inline(always)]
 pub fn spread<W: Work>(into: &mut [W], inputs: &[Vec<W>], at: usize) {
     let n = W::from_f64(inputs.len() as f64);
-    let (whole, rest) = into.as_chunks_mut::<LANES>();
-    let last = at + whole.len() * LANES;
+    let (whole, rest) = into.as_chunks_mut::<GROUP>();
+    let last = at + whole.len() * GROUP;
     for (g, into) in whole.iter_mut().enumerate() {
-        let from = at + g * LANES;
-        let (mut mean, mut sum) = ([W::ZERO; LANES], [W::ZERO; LANES]);
+        let from = at + g * GROUP;
+        let (mut mean, mut sum) = ([W::ZERO; GROUP], [W::ZERO; GROUP]);
         for x in inputs {
-            let x = &x[from..from + LANES];
-            for j in 0..LANES {
+            let x = &x[from..from + GROUP];
+            for j in 0..GROUP {
                 mean[j] = mean[j] + x[j];
             }
         }
@@ -381,8 +383,8 @@ pub fn spread<W: Work>(into: &mut [W], inputs: &[Vec<W>], at: usize) {
             *mean = *mean / n;
         }
         for x in inputs {
-            let x = &x[from..from + LANES];
-            for j in 0..LANES {
+            let x = &x[from..from + GROUP];
+            for j in 0..GROUP {
                 let off = x[j] - mean[j];
                 sum[j] = sum[j] + off * off;
             }

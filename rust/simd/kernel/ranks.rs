@@ -36,45 +36,71 @@ pub fn buckets(keys: &mut [u32], some: &mut [u64], odd: &mut [u64], shift: u32, 
     }
 }
 
-/// The indices of set bits.
+/// The places of set bits.
 #[inline(always)]
-fn each_set(bits: &[u64], mut with: impl FnMut(usize)) {
-    for (i, &word) in bits.iter().enumerate() {
-        let mut left = word;
-        while left != 0 {
-            with(i * 64 + left.trailing_zeros() as usize);
-            left &= left - 1;
-        }
+fn each_set(word: u64, mut with: impl FnMut(usize)) {
+    let mut left = word;
+    while left != 0 {
+        with(left.trailing_zeros() as usize % 64);
+        left &= left - 1;
     }
 }
 
-/// Counts buckets, of the elements whose bit is set.
+/// Counts buckets, of the elements whose bit is set. Whole groups of 64.
 #[inline(always)]
 pub fn tally(counts: &mut [u32], buckets: &[u32], some: &[u64]) {
-    each_set(some, |i| counts[buckets[i] as usize] += 1);
+    for (buckets, &some) in buckets.as_chunks::<64>().0.iter().zip(some) {
+        each_set(some, |j| counts[buckets[j] as usize] += 1);
+    }
 }
 
 /// What [`mark`] sets.
 const MARK: u32 = 1 << 31;
 
-/// Marks the buckets of the elements whose bit is set.
+/// Marks the buckets of the elements whose bit is set. Whole groups of 64.
 #[inline(always)]
 pub fn mark(counts: &mut [u32], buckets: &[u32], odd: &[u64]) {
-    each_set(odd, |i| counts[buckets[i] as usize] |= MARK);
+    for (buckets, &odd) in buckets.as_chunks::<64>().0.iter().zip(odd) {
+        each_set(odd, |j| counts[buckets[j] as usize] |= MARK);
+    }
 }
 
-/// Gives each element whose bit is set the next number of its bucket, and lists those in marked buckets, for which there must be room for one more than
-/// there are. How many those are.
+/// Gives each element whose bit is set the next number of its bucket, and lists those in marked buckets, for which there must be room. How many those
+/// are. Whole groups of 64, in whose ranks nothing is marked.
 #[inline(always)]
 pub fn rank(ranks: &mut [u32], mixed: &mut [u32], counts: &mut [u32], buckets: &[u32], some: &[u64]) -> usize {
     let mut found = 0;
-    each_set(some, |i| {
-        let next = &mut counts[buckets[i] as usize];
-        let rank = *next;
-        *next = rank + 1;
-        ranks[i] = rank & (MARK - 1);
-        mixed[found] = i as u32;
-        found += (rank / MARK) as usize;
-    });
+    let groups = ranks.as_chunks_mut::<64>().0.iter_mut().zip(buckets.as_chunks::<64>().0);
+    for (group, ((ranks, buckets), &some)) in groups.zip(some).enumerate() {
+        let mut any = 0;
+        each_set(some, |j| {
+            let next = &mut counts[buckets[j] as usize];
+            let rank = *next;
+            *next = rank + 1;
+            ranks[j] = rank;
+            any |= rank;
+        });
+        if any < MARK {
+            continue;
+        }
+        let mut marked = 0u64;
+        for (j, &rank) in ranks.iter().enumerate() {
+            marked |= u64::from(rank >= MARK) << j;
+        }
+        each_set(marked, |j| {
+            ranks[j] &= MARK - 1;
+            mixed[found] = (group * 64 + j) as u32;
+            found += 1;
+        });
+    }
     found
+}
+
+/// What terms say of the ranks of elements whose bit is set. Whole groups of 64.
+#[inline(always)]
+pub fn look_up<W: Work>(lasts: &mut [u32], shares: &mut [W], ranks: &[u32], terms: &[(u32, W)], some: &[u64]) {
+    let groups = lasts.as_chunks_mut::<64>().0.iter_mut().zip(shares.as_chunks_mut::<64>().0);
+    for (((lasts, shares), ranks), &some) in groups.zip(ranks.as_chunks::<64>().0).zip(some) {
+        each_set(some, |j| (lasts[j], shares[j]) = terms[ranks[j] as usize]);
+    }
 }
