@@ -174,8 +174,8 @@ stamp!(
     moves [E: Element, W: Work] (u: &mut [W], p: &[u8], n: &[u8]) -> Moves
 );
 stamp!(
-    /// [`kernel::look_up`] at a level.
-    look_up [W: Work] (codes: &mut [u8], values: &[W], table: &[u8; 1 << 16])
+    /// [`kernel::encode`] at a level.
+    encode [W: Work] (codes: &mut [u8], values: &[W], table: &[u8; 1 << 16])
 );
 stamp!(
     /// [`kernel::rebuilds`] at a level.

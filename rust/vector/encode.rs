@@ -186,7 +186,7 @@ impl Packed {
                 let from = self.values.len();
                 self.values.resize(from + values.len(), 0);
                 let codes = &mut self.values[from..];
-                dispatch::look_up(level, codes, values, &palette.codes);
+                dispatch::encode(level, codes, values, &palette.codes);
                 for (codes, values) in codes.chunks(8).zip(values.chunks(8)).filter(|(codes, _)| may_escape(codes)) {
                     for (_, &v) in codes.iter().zip(values).filter(|(code, _)| **code == ESCAPE_CODE) {
                         self.escapes.extend_from_slice(&single(v).to_le_bytes());

@@ -173,11 +173,11 @@ pub fn rebuilds<E: Element, W: Work>(p: &[u8], n: &[u8], u: &[W]) -> bool {
     differs == W::Magnitude::default()
 }
 
-/// Looks up the code of each value: by the upper half of its bits as an f32, and all bits set where the lower half is not empty.
+/// The code of each value: by the upper half of its bits as an f32, and all bits set where the lower half is not empty.
 ///
 /// What can be done to many at a time goes before and after what cannot: the table.
 #[inline(always)]
-pub fn look_up<W: Work>(codes: &mut [u8], values: &[W], table: &[u8; 1 << 16]) {
+pub fn encode<W: Work>(codes: &mut [u8], values: &[W], table: &[u8; 1 << 16]) {
     let (mut keys, mut long) = ([0u16; GROUP], [0u8; GROUP]);
     for (codes, values) in codes.chunks_mut(GROUP).zip(values.chunks(GROUP)) {
         for ((key, long), &v) in keys.iter_mut().zip(&mut long).zip(values) {
