@@ -1,6 +1,6 @@
 //! What a sparse vector is made of: which elements moved, their values, and the proof that they lead back.
 
-use super::measure::{dot, join, largest};
+use super::measure::{dot, dot_again, holds, join, largest};
 use super::{GROUP, LANES, MICRO, elements, filled};
 use crate::bf16::{Element, Work};
 
@@ -99,7 +99,9 @@ pub fn moves<E: Element, W: Work>(u: &mut [W], bits: &mut [u8], p: &[u8], n: &[u
         }
     }
     let differs = differs.iter().fold(W::Magnitude::default(), |all, &d| all | d);
-    Moves { moved: flag(bits, u), squares: join(&lanes), rebuilds: differs == W::Magnitude::default() }
+    let found = join(&lanes);
+    let squares = if holds::<W>(found) { found } else { dot_again(u, u, found) };
+    Moves { moved: flag(bits, u), squares, rebuilds: differs == W::Magnitude::default() }
 }
 
 /// A group of [`moves`]: the differences, and the sums of four squares each.
