@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -23,8 +24,10 @@ from reasonvec import reference as ref
 from reasonvec.errors import FormatError, MismatchError
 from reasonvec.family import Family
 from reasonvec.folders import VectorFolder
+from reasonvec.lowrank import summed
 from reasonvec.names import is_vocabulary
 from reasonvec.reference import BLOCK, Bits, Dtype, lowrank
+from reasonvec.triplets import leading
 
 FLOATS: list[Dtype] = ["BF16", "F16", "F32", "F64"]
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -336,6 +339,22 @@ def test_every_expert_of_a_stack_is_a_matrix(tmp_path: Path) -> None:
     assert np.asarray(low.svd(EXPERTS, rank=4, number=1).s) == pytest.approx(
         np.linalg.svd(now[1], compute_uv=False)[:4], rel=1e-4
     )
+
+
+def test_of_a_stack_of_factors_the_matrix_in_question_is_read(tmp_path: Path) -> None:
+    """What an expert takes does not grow with the number of experts beside it."""
+    vector = stacks(tmp_path, (4,) * 64)
+    vector.compress(tmp_path / "low", rank=4)
+    tensors, operands = summed(rv.load(tmp_path / "low"))
+    (tensor,) = tensors.values()
+    one = 8 * 4 * (48 + 40)
+    tracemalloc.start()
+    found = leading(tensor.name, tensor.shape, tensor.terms, operands, 4, {}, 63)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    was = page_reader()(tmp_path / "low")[EXPERTS][0][63]
+    np.testing.assert_allclose((found.u * found.s) @ found.v, was, atol=1e-4)
+    assert most < 16 * one < 64 * one
 
 
 def test_experts_of_unlike_ranks_are_filled_up_with_zeros(tmp_path: Path) -> None:
