@@ -394,3 +394,85 @@ def test_the_families_are_those_that_peft_stacks() -> None:
         if pattern in conversion._MOE_TARGET_MODULE_MAPPING
     }
     assert set().union(*(layout.families for layout in LAYOUTS)) & known == ADAPTABLE
+
+
+PACKED = MIXTURES | {
+    "gpt_oss": (
+        "GptOss",
+        {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    ),
+}
+
+
+@pytest.mark.models
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "rank", "moved"),
+    [
+        *((family, 0.6, ("gate_up_proj", "down_proj")) for family in PACKED),
+        ("gpt_oss", 4, ("gate_up_proj", "down_proj")),
+        ("qwen3_moe", 4, ("gate_up_proj",)),
+        ("gpt_oss", 4, ("down_proj",)),
+    ],
+)
+def test_peft_computes_what_experts_in_one_tensor_compute(
+    tmp_path: Path, family: str, rank: float, moved: tuple[str, ...]
+) -> None:
+    """Experts packed in the file as in the model: PEFT computes what the dense apply of the low-rank
+    vector does, but for what was left out."""
+    peft = pytest.importorskip("peft")
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+    from test_adapter import QWEN
+
+    torch.manual_seed(0)
+    kind, config = PACKED[family]
+    settings = getattr(transformers, f"{kind}Config")(**QWEN | config)
+    model = getattr(transformers, f"{kind}ForCausalLM")(settings).float()
+    draw = torch.Generator().manual_seed(1)
+    n, p = tmp_path / "n", tmp_path / "p"
+    for folder in (n, p):
+        folder.mkdir()
+        settings.architectures = [type(model).__name__]
+        settings.save_pretrained(folder)
+        tensors = {name: t.contiguous().clone() for name, t in model.state_dict().items()}
+        if folder == p:
+            for name, tensor in tensors.items():
+                if name.endswith((*(f"experts.{part}" for part in moved), "o_proj.weight")):
+                    step = 0.1 * torch.rand((), generator=draw)
+                    tensor += step * torch.randn(tensor.shape, generator=draw)
+                if tensor.ndim == 3 and name.endswith(moved[0]):
+                    # One expert stays, and another moves in one direction.
+                    tensor[0] = model.state_dict()[name][0]
+                    tensor[1] += torch.outer(
+                        *(torch.randn(k, generator=draw) for k in tensor[1].shape)
+                    )
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    base = rv.open(n)
+    vector = rv.open(p) - base
+    plan = vector.plan_lora(rank=rank)
+    report = vector.to_lora(tmp_path / "lora", rank=rank)
+    assert report.left_out == []
+    assert report.ranks.keys() == {
+        row.name.removesuffix(".weight") for row in vector.inspect().tensors if row.norm > 0
+    }
+    carried = {name for name in report.ranks if ".experts." in name}
+    assert {name.rpartition(".")[2] for name in carried} == set(moved)
+    assert carried <= plan.memory.keys()
+
+    def logits(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            found = model.eval()(torch.arange(24)[None] * 7 % 96).logits
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    plain = load(n, dtype=torch.float32)
+    before = logits(plain)
+    found = logits(peft.PeftModel.from_pretrained(plain, tmp_path / "lora"))
+    vector.compress(tmp_path / "low", rank=rank)
+    (base + rv.load(tmp_path / "low")).save(tmp_path / "dense", out_dtype="float32")
+    expected = logits(load(tmp_path / "dense", dtype=torch.float32))
+    assert (expected - found).abs().max() <= 2e-5 * expected.abs().max()
+    assert (expected - before).abs().max() > 1e-3 * expected.abs().max()
