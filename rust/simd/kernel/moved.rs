@@ -21,7 +21,8 @@ pub struct Extent<W> {
 #[inline(always)]
 pub fn extent<W: Work>(bits: &mut [u8], x: &[W]) -> Extent<W> {
     let (max, finite) = extreme(x);
-    Extent { max, moved: flag(bits, x), finite, squares: dot(x, x) }
+    let moved = flag(bits, x);
+    Extent { max, moved, finite, squares: if moved == 0 { 0.0 } else { dot(x, x) } }
 }
 
 /// The largest absolute value, and whether all are finite; what is not a number does not count.
@@ -99,9 +100,9 @@ pub fn moves<E: Element, W: Work>(u: &mut [W], bits: &mut [u8], p: &[u8], n: &[u
         }
     }
     let differs = differs.iter().fold(W::Magnitude::default(), |all, &d| all | d);
-    let found = join(&lanes);
-    let squares = if holds::<W>(found) { found } else { dot_again(u, u, found) };
-    Moves { moved: flag(bits, u), squares, rebuilds: differs == W::Magnitude::default() }
+    let (moved, found) = (flag(bits, u), join(&lanes));
+    let squares = if moved == 0 || holds::<W>(found) { found } else { dot_again(u, u, found) };
+    Moves { moved, squares, rebuilds: differs == W::Magnitude::default() }
 }
 
 /// A group of [`moves`]: the differences, and the sums of four squares each.
