@@ -17,7 +17,7 @@ from reasonvec.compat.alignment import MissingPolicy
 from reasonvec.compat.layout import FLOATS
 from reasonvec.compat.problem import Problem, demand
 from reasonvec.compat.rows import VocabPolicy
-from reasonvec.destination import Destination
+from reasonvec.destination import MANIFEST, Destination
 from reasonvec.errors import ReasonvecError
 from reasonvec.folders import CheckpointFolder
 from reasonvec.json_values import Json, read_json
@@ -65,9 +65,9 @@ class SaveOptions(RunOptions, total=False):
     resume: bool
     """Continue an unfinished run in the folder."""
     overwrite: bool
-    """Replace an earlier output of reasonvec in the folder. It goes when the new one has been
-    planned without a problem; a run that fails after that (NaN, damage, the disk) does not bring it
-    back."""
+    """Replace an earlier output of reasonvec in the folder. It stands until the new one is whole,
+    so the disk has to hold both; after a run that failed or was killed it is still there, and
+    ``resume`` goes on with the new one."""
     allow_nonfinite: bool
     """Let NaN and infinity pass."""
 
@@ -213,24 +213,23 @@ class ApplyPlan:
             if problem.kind == "disk":
                 strerror = problem.message.removeprefix(f"{self.out}: ")
                 raise OSError(errno.ENOSPC, strerror, str(self.out))
-        self.destination.prepare()
-        if self.stages is not None:
-            # What is half made is taken away again; a run that is continued makes it anew.
-            try:
-                self.stages.write(self.core_plan)
-            except BaseException:
-                self.stages.remove()
-                raise
-        rows: list[WrittenTensor] = json.loads(
-            core.apply(
-                json.dumps(self.core_plan), self.operands.handles, self.options.get("progress")
+        with self.destination.renewed(MANIFEST, resumable=True) as place:
+            if self.stages is not None:
+                # What is half made is taken away again; a run that is continued makes it anew.
+                try:
+                    self.stages.write(self.core_plan)
+                except BaseException:
+                    self.stages.remove()
+                    raise
+            text = json.dumps(self.core_plan | {"out": str(place)})
+            rows: list[WrittenTensor] = json.loads(
+                core.apply(text, self.operands.handles, self.options.get("progress"))
             )
-        )
-        if self.stages is not None:
-            self.stages.remove()
-        from reasonvec.record import finish
+            if self.stages is not None:
+                self.stages.remove()
+            from reasonvec.record import finish
 
-        return finish(self, rows)
+            return finish(self, rows, place)
 
 
 @dataclass(frozen=True)
@@ -372,8 +371,13 @@ def settle(
         problems.append(Problem("destination", destination.problem))
     written, free = prediction["written"], destination.room()
     if written > free and not destination.unfinished:
+        advice = (
+            "remove the output that is there, which stands until the new one is whole"
+            if destination.replaces
+            else "free some"
+        )
         message = (
-            f"{out}: needs {written} bytes, and its disk has {free} free; free some, or name a "
+            f"{out}: needs {written} bytes, and its disk has {free} free; {advice}, or name a "
             "folder on another disk"
         )
         problems.append(Problem("disk", message))

@@ -27,6 +27,7 @@ _SIGNS = (MANIFEST, "vector_config.json")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 _VECTOR_FILES = ("vector_config.json", "README.md", "tokenizer.json")
 _OURS = frozenset({STAGES, RENEWED})
+_INDEX = ".safetensors.index.json"
 
 
 # What models are loaded with beside their weights: an old one must not stay beside new weights,
@@ -93,18 +94,32 @@ class Destination:
         self.path = path
         self.problem = self._problem(inputs, overwrite=overwrite, resume=resume)
         self.stale: list[Path] = []
-        if (
-            self.problem is None
-            and overwrite
-            and path.is_dir()
-            and not (resume and self.unfinished)
-        ):
+        journals = self._journals() if resume else []
+        self._continued = bool(journals)
+        # What is continued grows where it began; what is begun, beside an output that stands there.
+        self._beside = (
+            journals[0].parent.name == RENEWED
+            if journals
+            else any((path / name).is_file() for name in (*_SIGNS, *_ADAPTER_FILES))
+        )
+        begun = overwrite and not self._continued
+        if self.problem is None and path.is_dir() and (begun or self._beside):
             self.stale = self._ours()
 
     @property
     def unfinished(self) -> bool:
         """Whether a run that was killed or failed can be continued here."""
-        return (self.path / core.journal_name()).is_file()
+        return bool(self._journals())
+
+    @property
+    def replaces(self) -> bool:
+        """Whether an output stands here until the new one is whole."""
+        return self._beside
+
+    def _journals(self) -> list[Path]:
+        """Those of unfinished runs, the latest first."""
+        name = core.journal_name()
+        return [p for p in (self.path / RENEWED / name, self.path / name) if p.is_file()]
 
     def _problem(self, inputs: Sequence[Folder], *, overwrite: bool, resume: bool) -> str | None:
         path = self.path
@@ -123,8 +138,6 @@ class Destination:
             return None
         if not path.is_dir():
             return f"{path}: is a file; name a folder"
-        if not self._names():
-            return None
         if self.unfinished:
             if resume or overwrite:
                 return None
@@ -132,6 +145,8 @@ class Destination:
                 f"{path}: holds an unfinished run; continue it with --resume, or start over with "
                 "--overwrite"
             )
+        if not self._names():
+            return None
         signed = any((path / sign).is_file() for sign in _SIGNS)
         if not (signed or self._begun() or self._is_adapter()):
             return (
@@ -172,7 +187,12 @@ class Destination:
             found += [p for p in path.iterdir() if p.name in _VECTOR_FILES or _is_data(p.name)]
         elif self._begun() or self._is_adapter():
             found += path.iterdir()
-        for folder in (path / UNDO, path / RENEWED, path / STAGES):
+        renewed = path / RENEWED
+        if renewed.is_dir() and not renewed.is_symlink():
+            # A run that was killed while it put these in their places.
+            there = ((path / new.name, new) for new in renewed.iterdir() if new.is_file())
+            found += [p for p, new in there if p.is_file() and p.samefile(new)]
+        for folder in (path / UNDO, renewed, path / STAGES):
             if folder.is_dir() and not folder.is_symlink():
                 found += folder.rglob("*") if folder.name == STAGES else folder.iterdir()
         return [p for p in dict.fromkeys(found) if p.is_file()]
@@ -207,8 +227,8 @@ class Destination:
     def _journalled(self) -> list[str]:
         """The files that an unfinished run has begun, and perhaps given their final names."""
         names: dict[str, None] = {}
-        if self.unfinished:
-            for line in (self.path / core.journal_name()).read_bytes().splitlines():
+        for journal in self._journals():
+            for line in journal.read_bytes().splitlines():
                 try:
                     row = json.loads(line)
                 except ValueError:  # what the kill cut off
@@ -218,74 +238,102 @@ class Destination:
         return list(names)
 
     def room(self) -> int:
-        """Bytes free on the disk that the folder is, or will be, on, with what is to be replaced
-        gone."""
+        """Bytes free on the disk that the folder is, or will be, on, for an output that is begun
+        there: what goes before it counts as gone, and what stands until it is whole does not."""
         import shutil  # It brings every compressor along, and an extraction never asks.
 
         where = self.path.absolute()
         while not where.exists():
             where = where.parent
-        return shutil.disk_usage(where).free + sum(path.stat().st_size for path in self.stale)
+        gone = [p for p in self.stale if not self._beside or p.parent.name == RENEWED]
+        return shutil.disk_usage(where).free + sum(path.stat().st_size for path in gone)
 
     def check(self) -> None:
         """Raise `ReasonvecError` if the folder may not be written."""
         if self.problem is not None:
             raise ReasonvecError(self.problem)
 
-    def prepare(self) -> None:
-        """Make the folder, and remove what is to be replaced: the manifest first, so that a folder
-        that is half removed does not look whole.
-
-        For outputs that grow in their place, shard by shard, and can be resumed: checkpoints, which
-        two of may not fit on a disk. Whatever headers can tell must have been told before. What is
-        left to fail then, with the old output gone, is what only the bytes tell (NaN, damage) and
-        the disk.
-        """
-        self.check()
-        self.path.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self.stale, key=lambda p: (p.name not in _SIGNS, p.name)):
-            path.unlink()
-
     @contextmanager
-    def renewed(self, sign: str) -> Iterator[Path]:
-        """The folder to write an output into that is small and made in one go: a vector, an
-        adapter. An older one in its place is removed only when the block has ended well; after an
-        error it stands as it was. ``sign`` is the file without which the folder is no output.
+    def renewed(self, sign: str, *, resumable: bool = False) -> Iterator[Path]:
+        """The folder to write an output into. An older one in its place stands as it was until the
+        block has ended well, so the disk has to hold both. ``sign`` is the file without which the
+        folder is no output. What is ``resumable`` keeps a journal, and stays after an error; the
+        journal goes when the output is whole.
         """
         self.check()
-        folder = self.path / RENEWED
-        if not any((self.path / name).is_file() for name in (*_SIGNS, *_ADAPTER_FILES)):
-            self.prepare()
-            _remove(folder)
+        folder, journal = self.path / RENEWED, core.journal_name()
+        if not self._beside:
+            self._clear()
             yield self.path
+            (self.path / journal).unlink(missing_ok=True)
             return
-        # What a run that was killed has left, or a stranger's link.
-        _remove(folder)
-        folder.mkdir()
+        if not self._continued:
+            # What a run that was killed has left, or a stranger's link.
+            _remove(folder)
+            folder.mkdir()
         try:
             yield folder
         except BaseException:
-            _remove(folder)
+            if not (resumable and (folder / journal).is_file()):
+                _remove(folder)
             raise
+        self._replace(folder, sign)
 
-        # Whoever kills this leaves data without a sign, which is known for what it is as long as no
-        # card is beside it.
-        def order(path: Path) -> tuple[bool, bool, str]:
-            return path.name == "README.md", path.name == sign, path.name
+    def _clear(self) -> None:
+        """Make the folder, and remove what an unfinished run has left: nobody's output."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self.stale, key=lambda p: (p.name not in _SIGNS, p.name)):
+            path.unlink()
+        _remove(self.path / RENEWED)
 
-        stale = [path for path in self.stale if path.parent != folder]
-        for path in sorted(stale, key=lambda p: (p.name != "README.md", p.name not in _SIGNS)):
+    def _replace(self, folder: Path, sign: str) -> None:
+        """Put what is whole in the place of what was there.
+
+        Whoever kills this leaves the old output or the new one whole: the new one is linked, not
+        moved, and its own folder goes last. (A file system without links has it in two places
+        then.) The journal in there says that the run is not finished, and what is in its place but
+        whole there is known as ours. No index is without shards that it names, so that nobody takes
+        half of a model for all of it.
+        """
+        journal = folder / core.journal_name()
+        journal.touch()
+
+        def leaving(path: Path) -> tuple[bool, bool, bool, str]:
+            name = path.name
+            return name in _SIGNS, name.endswith(_INDEX), name != "README.md", str(path)
+
+        for path in sorted((p for p in self.stale if folder not in p.parents), key=leaving):
             path.unlink(missing_ok=True)
-        for path in sorted(folder.iterdir(), key=order):
-            path.replace(self.path / path.name)
-        folder.rmdir()
+
+        def coming(path: Path) -> tuple[bool, bool, bool, str]:
+            name = path.name
+            return not name.endswith(_INDEX), name == "README.md", name == sign, str(path)
+
+        for path in sorted((p for p in folder.rglob("*") if p.is_file()), key=coming):
+            place = self.path / path.relative_to(folder)
+            if path != journal:
+                place.parent.mkdir(exist_ok=True)
+                _link(path, place)
+        for path in folder.iterdir():
+            if path != journal:
+                _remove(path)
+        _remove(folder)
+
+
+def _link(path: Path, place: Path) -> None:
+    """A file under a second name, or where that cannot be, under that name alone."""
+    place.unlink(missing_ok=True)
+    try:
+        os.link(path, place)
+    except OSError:
+        path.replace(place)
 
 
 def _remove(folder: Path) -> None:
-    """A folder of files, with what is in it."""
+    """A folder, with what is in it."""
     if folder.is_dir() and not folder.is_symlink():
         for path in folder.iterdir():
-            path.unlink()
+            _remove(path)
         folder.rmdir()
     else:
         folder.unlink(missing_ok=True)

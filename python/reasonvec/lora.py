@@ -2,9 +2,11 @@
 
 Each matrix of the vector becomes ``B @ A`` of its leading triplets, ``B = u sqrt(s)`` and
 ``A = sqrt(s) v``, so that both factors have one size; alpha is the rank everywhere, so the scale
-is 1. Norm weights, embeddings and the head, and biases of modules without factors have no place in
-a LoRA: the report says what was left out and how much of the norm that was. ``modules_to_save``
-would carry them, but it overwrites a model's values where a vector adds to them.
+is 1. The experts of a layer that are one tensor have a pair of factors each, which PEFT takes one
+below the other (`target_parameters`). Norm weights, embeddings and the head, and biases of modules
+without factors have no place in a LoRA: the report says what was left out and how much of the norm
+that was. ``modules_to_save`` would carry them, but it overwrites a model's values where a vector
+adds to them.
 """
 
 from __future__ import annotations
@@ -18,23 +20,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reasonvec import _reasonvec as core
 from reasonvec.adapter import ADAPTER_CONFIG, ADAPTER_MODEL
 from reasonvec.algebra import Adapter, Difference, Vector
 from reasonvec.compat.class_prefix import class_prefix
-from reasonvec.compat.experts import ADAPTABLE, layout_of
+from reasonvec.compat.experts import ADAPTABLE, PACKED, layout_of, packed_part
 from reasonvec.compat.layout import FLOATS, Layout
 from reasonvec.destination import Destination, write_json
 from reasonvec.errors import MismatchError, NonFiniteError
 from reasonvec.factor_file import FactorFile, single
 from reasonvec.json_values import Json
-from reasonvec.lowrank import FactorsPlan, has_factors, plan_factors, summed
+from reasonvec.lowrank import FactorsPlan, has_factors, is_stack, plan_factors, summed
 from reasonvec.measure import Quantities, measure
 from reasonvec.names import is_vocabulary, kind_of
 from reasonvec.run import RunOptions, steps
 from reasonvec.terms import Operands, Summed, elements, leaf_layout
-from reasonvec.triplets import Rank, check_rank, leading
+from reasonvec.triplets import Rank, Triplets, check_rank, leading
 
 __all__ = ["LeftOut", "LoraOptions", "LoraReport", "plan_lora", "to_lora"]
 
@@ -158,12 +161,15 @@ def _write(
         for name, tensor in tensors.items()
         if _why_not(tensor) is None
     }
+    stacks = {name: tensor for name, tensor in tensors.items() if _is_packed(tensor, layout)}
     # Norms are one reading, triplets are several.
     sizes = [elements(tensor.shape) for tensor in tensors.values()]
-    parts = steps(options, [sum(sizes), *(4 * elements(m.shape) for m in modules.values())])
+    taken = [*modules.values(), *stacks.values()]
+    parts = steps(options, [sum(sizes), *(4 * elements(tensor.shape) for tensor in taken)])
     norms = _norms(tensors, operands, next(parts))
     experts, lost = _experts(modules, layout, norms)
-    if experts:
+    stacks_moved = {name for name in stacks if norms.get(name, 0.0) > 0}
+    if experts or stacks_moved:
         biases_of = (name for name in tensors if name.endswith(".bias"))
         lost |= dict.fromkeys(biases_of, "PEFT has no biases beside experts")
     ranks: dict[str, int] = {}
@@ -171,13 +177,14 @@ def _write(
     bare = class_prefix(layout)
     place = _PREFIX + (bare or "")
     names = [f"{place}{module}.lora_{part}" for module in modules for part in _PARTS]
+    names += [f"{place}{_wrapper(n, stacks)}.lora_{part}" for n in stacks for part in _PARTS]
     spool = folder / _EXPERTS
     try:
         with (
             FactorFile(folder / ADAPTER_MODEL, names, _METADATA) as file,
             FactorFile(spool, names) as stacked,
         ):
-            for (module, tensor), part in zip(modules.items(), parts, strict=True):
+            for (module, tensor), part in zip(modules.items(), parts, strict=False):
                 if module in lost or norms.get(tensor.name, 0.0) == 0.0:
                     continue
                 found = leading(tensor.name, tensor.shape, tensor.terms, operands, rank, part)
@@ -185,18 +192,30 @@ def _write(
                 if found.rank == 0:
                     continue
                 ranks[module] = found.rank
-                root = np.sqrt(found.s)
-                with np.errstate(over="ignore"):
-                    b = (found.u * root).astype(np.float32)
-                    a = (root[:, None] * found.v).astype(np.float32)
-                if not (np.isfinite(a).all() and np.isfinite(b).all()):
-                    message = f"{tensor.name}: its factors are beyond float32, which adapters have"
-                    raise NonFiniteError(message)
+                b, a = _balanced(tensor.name, found)
                 if flipped:
                     b, a = a.T, b.T
                 into = stacked if module in experts else file
                 into.add(f"{place}{module}.lora_A.weight", a, "F32")
                 into.add(f"{place}{module}.lora_B.weight", b, "F32")
+            stacked_ranks: dict[str, int] = {}
+            for (name, tensor), part in zip(stacks.items(), parts, strict=True):
+                if name not in stacks_moved:
+                    continue
+                runs = steps(part, [1] * tensor.shape[0])
+                each = [
+                    leading(name, tensor.shape, tensor.terms, operands, rank, run, number)
+                    for number, run in enumerate(runs)
+                ]
+                for one in each:
+                    truncated += max(one.squares - float(np.sum(one.s * one.s)), 0.0)
+                a, b = _stacked(name, each, transposed=PACKED[_family(layout)])
+                wrapper = _wrapper(name, stacks_moved)
+                file.add(f"{place}{wrapper}.lora_A.weight", a, "F32")
+                file.add(f"{place}{wrapper}.lora_B.weight", b, "F32")
+                stacked_ranks[name] = a.shape[0] // len(each)
+                if any(one.rank for one in each):
+                    ranks[name] = stacked_ranks[name]
             if not ranks:
                 raise MismatchError(_nothing(vector, tensors, norms, lost))
             stacked.finish(sync=False)
@@ -204,11 +223,14 @@ def _write(
             common = _write_experts(file, spool, place, shapes, ranks)
             ranks |= dict.fromkeys(shapes, common) if common else {}
             # PEFT has no biases in an adapter that has experts.
-            biases = [] if common else _write_biases(file, place, ranks, tensors, norms, operands)
+            ranks |= stacked_ranks
+            alone = common == 0 and not stacked_ranks
+            biases = _write_biases(file, place, ranks, tensors, norms, operands) if alone else []
             file.finish(sync=options.get("sync", True))
     finally:
         spool.unlink(missing_ok=True)
     carried = {f"{module}.weight" for module in modules if module not in lost} | set(biases)
+    carried |= stacks_moved
     left_out = [
         LeftOut(
             name,
@@ -231,7 +253,9 @@ def _write(
     )
     sync = options.get("sync", True)
     base = options.get("base") or _base_of(vector)
-    config = _config(report, bare or "", modules, experts, layout.config, base, flipped=flipped)
+    config = _config(
+        report, bare or "", modules, experts, stacks_moved, layout.config, base, flipped=flipped
+    )
     core.write_whole(folder / "README.md", _card(report, base).encode(), sync)
     # The config last: a folder without it is no adapter.
     write_json(folder / ADAPTER_CONFIG, config, sync=sync)
@@ -244,6 +268,58 @@ _METADATA = {"format": "pt", "reasonvec": core.version()}
 _PARTS = ("A.weight", "B.weight", "B.bias")
 
 
+def _family(layout: Layout) -> str:
+    return str(layout.config.get("model_type"))
+
+
+def _is_packed(tensor: Summed, layout: Layout) -> bool:
+    """Whether a tensor is all experts of a layer, in a way that PEFT can put factors on."""
+    known = packed_part(tensor.name) is not None and _family(layout) in PACKED
+    return known and is_stack(tensor.name, tensor.shape, tensor.dtype)
+
+
+def _wrapper(name: str, stacks: Collection[str]) -> str:
+    """What PEFT names the factors of a packed tensor by. Every parameter of a module that has some
+    is wrapped, the later around the earlier, and all classes name ``gate_up_proj`` before
+    ``down_proj``."""
+    stem, _, part = name.rpartition(".")
+    return f"{stem}.base_layer" if part != "down_proj" and f"{stem}.down_proj" in stacks else stem
+
+
+def _balanced(name: str, found: Triplets) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """B and A of one size.
+
+    Raises:
+        NonFiniteError: float32 does not hold them.
+    """
+    root = np.sqrt(found.s)
+    with np.errstate(over="ignore"):
+        b = (found.u * root).astype(np.float32)
+        a = (root[:, None] * found.v).astype(np.float32)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        message = f"{name}: its factors are beyond float32, which adapters have"
+        raise NonFiniteError(message)
+    return b, a
+
+
+def _stacked(
+    name: str, each: list[Triplets], *, transposed: bool
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A [experts * rank, in] and B [out, rank * experts] of a stack, at the highest rank of its
+    experts (1, if they have none), with zeros after the factors of those of a lower one: in A rank
+    after rank within an expert, in B expert after expert within a rank."""
+    rank = max(1, *(one.rank for one in each))
+    pairs = [_balanced(name, one) for one in each]
+    if transposed:
+        pairs = [(a.T, b.T) for b, a in pairs]
+    stacked_a = np.zeros((len(each), rank, pairs[0][1].shape[1]), np.float32)
+    stacked_b = np.zeros((pairs[0][0].shape[0], rank, len(each)), np.float32)
+    for number, (b, a) in enumerate(pairs):
+        stacked_a[number, : a.shape[0]] = a
+        stacked_b[:, : b.shape[1], number] = b
+    return stacked_a.reshape(-1, stacked_a.shape[2]), stacked_b.reshape(stacked_b.shape[0], -1)
+
+
 def _experts(
     modules: Mapping[str, Summed], layout: Layout, norms: Mapping[str, float]
 ) -> tuple[set[str], dict[str, str]]:
@@ -253,17 +329,19 @@ def _experts(
     A class that packs its experts has no modules for them. PEFT knows what to make of an adapter
     that names them for some families, and only if none is missing and all have one rank.
     """
-    family = str(layout.config.get("model_type"))
-    if layout_of(family) is None:
+    family = _family(layout)
+    known = layout_of(family)
+    if known is None:
         return set(), {}
     experts = {module for module in modules if _EXPERT.search(module)}
     if family not in ADAPTABLE:
         return set(), dict.fromkeys(experts, "an expert, packed where PEFT does not see it")
-    if not any(norms.get(f"{module}.weight", 0.0) > 0 for module in experts):
-        return set(), {}
-    taken = {module.rpartition(".")[2] for module in experts}
+    taken = {known.gate, known.up, known.down}
     others = {m for m in modules if m not in experts and m.rpartition(".")[2] in taken}
-    return experts, dict.fromkeys(others, "PEFT takes its name for an expert's")
+    lost = dict.fromkeys(others, "PEFT takes its name for an expert's")
+    if not any(norms.get(f"{module}.weight", 0.0) > 0 for module in experts):
+        return set(), lost
+    return experts, lost
 
 
 def _write_experts(
@@ -307,7 +385,13 @@ def _nothing(
 def plan_lora(vector: Vector, options: LoraOptions) -> FactorsPlan:
     """What `to_lora` will do, from headers alone; see `Vector.plan_lora`."""
     rank = options.get("rank", "auto")
-    return plan_factors(vector, options, lambda tensor: _why_not(tensor) is None, rank)
+    layout = leaf_layout(vector.terms[0].leaf) if vector.terms else None
+
+    def taken(tensor: Summed) -> bool:
+        packed = layout is not None and _is_packed(tensor, layout)
+        return packed or _why_not(tensor) is None
+
+    return plan_factors(vector, options, taken, rank)
 
 
 def _norms(
@@ -356,7 +440,11 @@ def _why_not(tensor: Summed) -> str | None:
     if name.endswith(".bias"):
         return "the bias of a module without factors"
     if not has_factors(name, tensor.shape, tensor.dtype):
-        return "one dimension" if len(tensor.shape) < 2 else "experts in one tensor"
+        return (
+            "one dimension"
+            if len(tensor.shape) < 2
+            else "experts in one tensor, of a layout that is not known"
+        )
     if not name.endswith(".weight"):
         return "not the weight of a module"
     if _TABLE.search(name):
@@ -392,6 +480,7 @@ def _config(
     prefix: str,
     modules: Iterable[str],
     experts: Collection[str],
+    stacks: Collection[str],
     model: Mapping[str, object],
     base: str | None,
     *,
@@ -401,7 +490,9 @@ def _config(
     stacked = [report.ranks[module] for module in experts if module in report.ranks]
     common = Counter(stacked or report.ranks.values()).most_common(1)[0][0]
     others = _patterns(report.ranks, common, prefix)
-    return {
+    ranks = {module: rank for module, rank in report.ranks.items() if module not in stacks}
+    parameters = {"target_parameters": sorted(prefix + name for name in stacks)} if stacks else {}
+    return parameters | {
         "peft_type": "LORA",
         "task_type": _task(model),
         "base_model_name_or_path": base,
@@ -416,7 +507,7 @@ def _config(
         "fan_in_fan_out": flipped,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": _targets(report.ranks, prefix, modules, experts),
+        "target_modules": _targets(ranks, prefix, modules, experts),
         "rank_pattern": others,
         "alpha_pattern": others,
     }

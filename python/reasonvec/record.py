@@ -21,14 +21,15 @@ from reasonvec.terms import Operands, elements
 __all__ = ["finish"]
 
 
-def finish(plan: ApplyPlan, rows: list[WrittenTensor]) -> ApplyReport:
-    """Everything besides the shards: side files, manifest, index last; then the journal goes."""
-    out, options = plan.out, plan.options
+def finish(plan: ApplyPlan, rows: list[WrittenTensor], out: Path) -> ApplyReport:
+    """Everything besides the shards: side files, manifest, index last. ``out`` is where the shards
+    are: the plan's folder, or one that will take its place."""
+    options = plan.options
     sync = options.get("sync", True)
     digest = options.get("digest", "xxh3-128")
     tensors = [_done(change, row) for change, row in zip(_in_order(plan, rows), rows, strict=True)]
     report = ApplyReport(
-        out, str(plan.point), tensors, [p for p in plan.problems if p.severity == "warning"]
+        plan.out, str(plan.point), tensors, [p for p in plan.problems if p.severity == "warning"]
     )
     files: dict[str, str | None] = {}
     beside = _of_target(plan) if plan.beside is None else plan.beside
@@ -54,8 +55,7 @@ def finish(plan: ApplyPlan, rows: list[WrittenTensor]) -> ApplyReport:
     if index is not None:
         core.write_whole(out / index[0], index[1], sync)
     if options.get("keep_undo", False):
-        _store_undo(plan, sync=sync)
-    (out / core.journal_name()).unlink()
+        _store_undo(plan, out, sync=sync)
     return report
 
 
@@ -234,20 +234,22 @@ def _term(scaled: Scaled, operands: Operands) -> Json:
     return {"text": scaled.text} | parts
 
 
-def _store_undo(plan: ApplyPlan, *, sync: bool) -> None:
+def _store_undo(plan: ApplyPlan, out: Path, *, sync: bool) -> None:
     """The exact vector from the output back to the target, and the target's own headers and config
     where the output's differ."""
     from reasonvec.extract import ExtractOptions, write_vector
 
-    out, target = plan.out, _of_target(plan).point.base
-    way_back = Vector([Scaled(Difference(target, CheckpointFolder(out)))])
+    target, made = _of_target(plan).point.base, CheckpointFolder(out)
+    # What the manifest is to call it.
+    made.path = plan.out
+    way_back = Vector([Scaled(Difference(target, made))])
     folder = out / UNDO
     folder.mkdir(exist_ok=True)
     run: ExtractOptions = {"sync": sync}
     for key in ("threads", "memory_budget", "progress"):
         if key in plan.options:
             run[key] = plan.options[key]
-    write_vector(way_back, folder, run, checked=False, card=False, place=folder)
+    write_vector(way_back, plan.out / UNDO, run, checked=False, card=False, place=folder)
     if plan.options.get("out_dtype") is not None:
         for file in target.handle.shards():
             path = target.folder / file

@@ -147,10 +147,10 @@ def _factors(
             return None
         parts = row.get("parts")
         u, s, v = (
-            _floats(folder.part(str(_at(_at(parts, role), "entry")))) for role in ("u", "s", "v")
+            _floats(folder.part(str(_at(_at(parts, role), "entry"))), number)
+            for role in ("u", "s", "v")
         )
         if number is not None:
-            u, s, v = u[number], s[number], v[number]
             filled = s != 0
             u, s, v = u[:, filled], s[filled], v[filled]
         with np.errstate(over="ignore", invalid="ignore"):
@@ -175,19 +175,11 @@ def _operand(ref: object, operands: Operands) -> tuple[Folder, str]:
     return operands.folders[int(str(_at(ref, "operand")))], str(_at(ref, "name"))
 
 
-def _floats(tensor: core.Tensor) -> NDArray[np.float64]:
-    raw = memoryview(tensor).cast("B")
-    values: NDArray[np.float64]
+def _floats(tensor: core.Tensor, number: int | None = None) -> NDArray[np.float64]:
+    """The values of a tensor, or of matrix ``number`` of a stack: of the others nothing is read."""
+    kind = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}.get(tensor.dtype, np.float64)
+    stored = np.frombuffer(memoryview(tensor).cast("B"), kind).reshape(tensor.shape)
+    values = stored if number is None else stored[number]
     if tensor.dtype == "BF16":
-        values = (
-            (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16)
-            .view(np.float32)
-            .astype(np.float64)
-        )
-    elif tensor.dtype == "F16":
-        values = np.frombuffer(raw, np.float16).astype(np.float64)
-    elif tensor.dtype == "F32":
-        values = np.frombuffer(raw, np.float32).astype(np.float64)
-    else:
-        values = np.frombuffer(raw, np.float64)
-    return values.reshape(tensor.shape)
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float64, copy=False)

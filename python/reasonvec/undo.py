@@ -31,7 +31,8 @@ class UndoOptions(RunOptions, total=False):
     source: Path | None
     """Where the target is now, if it has moved."""
     overwrite: bool
-    """Replace an earlier output of reasonvec in the folder."""
+    """Replace an earlier output of reasonvec in the folder; it stands until the new one is
+    whole."""
     sync: bool
     """Whether files are flushed to the disk before they get their final names (default True)."""
 
@@ -115,13 +116,13 @@ def _unlike(
 
 def _copy(source: CheckpointFolder, out: Path, options: UndoOptions) -> UndoReport:
     destination = Destination(out, [source], overwrite=options.get("overwrite", False))
-    destination.prepare()
     sync = options.get("sync", True)
     names = [*source.handle.shards(), *(path.name for path in source.files())]
-    for name in names:
-        core.copy_whole(source.folder / name, out / name, sync)
     if source.handle.index is not None:
-        core.copy_whole(source.folder / source.handle.index, out / source.handle.index, sync)
+        names.append(source.handle.index)
+    with destination.renewed(MANIFEST) as place:
+        for name in names:
+            core.copy_whole(source.folder / name, place / name, sync)
     return UndoReport(out, "source", len(source.layout.tensors))
 
 
@@ -132,7 +133,6 @@ def _rebuild(
     residual = VectorFolder(folder / UNDO)
     operands = Operands([made, residual])
     destination = Destination(out, operands.folders, overwrite=options.get("overwrite", False))
-    destination.prepare()
     dtypes = {str(row["name"]): str(row["dtype"]) for row in residual.rows}
     shards: list[Json] = []
     for file in made.handle.shards():
@@ -163,25 +163,26 @@ def _rebuild(
             shard["header_of"] = [0, file]
         shards.append(shard)
     sync = options.get("sync", True)
-    plan: Json = {
-        "out": str(out),
-        "digest": algorithm,
-        "allow_nonfinite": True,
-        "shards": shards,
-    } | settings(options, sync=sync)
-    rows: list[WrittenTensor] = json.loads(
-        core.apply(json.dumps(plan), operands.handles, options.get("progress"))
-    )
-    for row in rows:
-        name, digest = row["name"], row["digest"]
-        if digest != digests.get(name):
-            message = (
-                f"{out}: {name} came out with the digest {digest}, but the target's was "
-                f"{digests.get(name)}; {folder} or its residual was changed after it was written"
-            )
-            raise DamageError(message)
-    _side_files(folder, made, out, sync=sync)
-    (out / core.journal_name()).unlink()
+    with destination.renewed(MANIFEST) as place:
+        plan: Json = {
+            "out": str(place),
+            "digest": algorithm,
+            "allow_nonfinite": True,
+            "shards": shards,
+        } | settings(options, sync=sync)
+        rows: list[WrittenTensor] = json.loads(
+            core.apply(json.dumps(plan), operands.handles, options.get("progress"))
+        )
+        for row in rows:
+            name, digest = row["name"], row["digest"]
+            if digest != digests.get(name):
+                message = (
+                    f"{out}: {name} came out with the digest {digest}, but the target's was "
+                    f"{digests.get(name)}; {folder} or its residual was changed after it was "
+                    "written"
+                )
+                raise DamageError(message)
+        _side_files(folder, made, place, sync=sync)
     return UndoReport(out, "residual", len(rows))
 
 

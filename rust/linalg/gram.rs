@@ -1,5 +1,6 @@
 //! The Gram matrix of a matrix's smaller side, in f64: what the range finder cannot give, trailing triplets and whole spectra.
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use super::dense::{add_lower, add_product, pack, packed, share, transpose, transpose_shared};
@@ -18,6 +19,9 @@ use crate::{Error, Result};
 const DEPTH: usize = 384;
 /// Rows that are read at a time across the whole depth.
 const STRIPE: usize = 96;
+
+/// Rows of the larger side that a worker multiplies with vectors of the smaller one.
+const ROWS: usize = 48;
 
 /// The use of a seed for the first vectors of the iteration.
 const FRESH: u64 = 20;
@@ -84,32 +88,7 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
             }
             squares += sums.into_iter().map(|s| s.into_inner().unwrap_or_else(PoisonError::into_inner)).sum::<f64>();
         } else {
-            let slots: Vec<Mutex<&mut [f64]>> =
-                across[..n * depth].chunks_mut(STRIPE * depth).map(Mutex::new).collect();
-            share(threads, slots.len(), |i| {
-                let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
-                let mut scratch: (Scratch<f32>, Scratch<f64>) = Default::default();
-                let rows = i * STRIPE..i * STRIPE + slot.len() / depth;
-                let columns = from..from + depth;
-                let read = panel::read_columns(
-                    (matrix, scale),
-                    level,
-                    rows.clone(),
-                    columns,
-                    &mut scratch,
-                    &mut Vec::new(),
-                    &mut slot,
-                );
-                if let Err(e) = read {
-                    fail(i, e);
-                }
-                if let Some(signs) = sweep.signs() {
-                    for (row, line) in rows.zip(slot.chunks_exact_mut(depth)) {
-                        dispatch::flip(level, line, signs, matrix.start + (row * matrix.columns + from) as u64);
-                    }
-                }
-            });
-            drop(slots);
+            read_across(sweep, from..from + depth, &mut across[..n * depth])?;
             squares += across[..n * depth].chunks(dispatch::MICRO).map(|m| dispatch::dot(level, m, m)).sum::<f64>();
             transpose_shared(threads, &across[..n * depth], &mut piece[..n * depth], n, depth);
         }
@@ -132,12 +111,48 @@ pub(super) fn gather(sweep: &Sweep<'_>) -> Result<Gram> {
     Ok(Gram { n, values, squares })
 }
 
+/// Some columns of a matrix with fewer rows than columns, row by row. What is stored in blocks is decoded anew for every call, whole: better
+/// many columns at a time.
+fn read_across(sweep: &Sweep<'_>, columns: Range<usize>, across: &mut [f64]) -> Result<()> {
+    let (matrix, level, scale) = (sweep.matrix, sweep.level, sweep.scale());
+    let depth = columns.len();
+    let error: Mutex<Option<(usize, Error)>> = Mutex::new(None);
+    let slots: Vec<Mutex<&mut [f64]>> = across.chunks_mut(STRIPE * depth).map(Mutex::new).collect();
+    share(sweep.settings.threads(), slots.len(), |i| {
+        let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut scratch: (Scratch<f32>, Scratch<f64>) = Default::default();
+        let rows = i * STRIPE..i * STRIPE + slot.len() / depth;
+        let read = panel::read_columns(
+            (matrix, scale),
+            level,
+            rows.clone(),
+            columns.clone(),
+            &mut scratch,
+            &mut Vec::new(),
+            &mut slot,
+        );
+        if let Err(found) = read {
+            let mut first = error.lock().unwrap_or_else(PoisonError::into_inner);
+            if first.as_ref().is_none_or(|(at, _)| i < *at) {
+                *first = Some((i, found));
+            }
+        }
+        if let Some(signs) = sweep.signs() {
+            for (row, line) in rows.zip(slot.chunks_exact_mut(depth)) {
+                dispatch::flip(level, line, signs, matrix.start + (row * matrix.columns + columns.start) as u64);
+            }
+        }
+    });
+    error.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), |(_, found)| Err(found))
+}
+
 /// Bytes that [`decompose`] and [`spectrum`] hold at most, or with a rank those of [`bottom_exact`].
 pub(super) fn memory(rows: usize, columns: usize, rank: Option<usize>, threads: usize) -> u64 {
     let (n, long) = (rows.min(columns) as u64, rows.max(columns) as u64);
     let gathering = 8 * (n * n + (4 * n + 24) * DEPTH as u64);
     // Vectors of both sides, twice while they are made orthonormal and once more while they are turned; and what reads them.
-    let sides = |r: u64| 8 * r * (3 * long + 2 * n) + threads as u64 * 48 * 16 * n;
+    let reading = if columns <= rows { threads * ROWS } else { DEPTH.min(columns) } as u64 * 16 * n;
+    let sides = |r: u64| 8 * r * (3 * long + 2 * n) + reading;
     let solving = match rank {
         // The matrix, its eigenvectors as rows and as columns, and the reflectors.
         None => 8 * n * n * 7 / 2,
@@ -180,49 +195,51 @@ pub(super) fn side(sweep: &Sweep<'_>, vectors: Vec<f64>, r: usize, squares: f64)
     let matrix = sweep.matrix;
     let (level, scale, threads) = (sweep.level, sweep.scale(), sweep.settings.threads());
     let by_rows = matrix.columns <= matrix.rows;
-    let long = matrix.rows.max(matrix.columns);
+    let (n, long) = (matrix.small(), matrix.rows.max(matrix.columns));
     let mut other = vec![0.0; long * r];
-    let error: Mutex<Option<(usize, Error)>> = Mutex::new(None);
     sweep.control.expect(matrix.bytes());
-    let slots: Vec<Mutex<&mut [f64]>> = other.chunks_mut(48 * r.max(1)).map(Mutex::new).collect();
-    share(threads, slots.len(), |i| {
-        if sweep.control.cancelled() {
-            return;
-        }
-        let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
-        let count = slot.len() / r;
-        let range = i * 48..i * 48 + count;
-        let mut scratch: (Scratch<f32>, Scratch<f64>) = Default::default();
-        let mut piece = vec![0.0; count * matrix.small()];
-        let read = if by_rows {
-            panel::read_double((matrix, scale), level, range, &mut scratch, &mut Vec::new(), &mut piece).map(|_| ())
-        } else {
-            let mut across = vec![0.0; piece.len()];
-            let read = panel::read_columns(
-                (matrix, scale),
-                level,
-                0..matrix.rows,
-                range,
-                &mut scratch,
-                &mut Vec::new(),
-                &mut across,
-            );
-            transpose(&across, &mut piece, matrix.rows, count);
-            read
-        };
-        match read {
-            Ok(()) => add_product(level, 1, &mut slot, &piece, matrix.small(), &vectors, r),
-            Err(e) => {
-                let mut first = error.lock().unwrap_or_else(PoisonError::into_inner);
-                if first.as_ref().is_none_or(|(at, _)| i < *at) {
-                    *first = Some((i, e));
+    if by_rows {
+        let error: Mutex<Option<(usize, Error)>> = Mutex::new(None);
+        let slots: Vec<Mutex<&mut [f64]>> = other.chunks_mut(ROWS * r.max(1)).map(Mutex::new).collect();
+        share(threads, slots.len(), |i| {
+            if sweep.control.cancelled() {
+                return;
+            }
+            let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
+            let rows = i * ROWS..i * ROWS + slot.len() / r;
+            let mut scratch: (Scratch<f32>, Scratch<f64>) = Default::default();
+            let mut piece = vec![0.0; rows.len() * n];
+            match panel::read_double((matrix, scale), level, rows, &mut scratch, &mut Vec::new(), &mut piece) {
+                Ok(_) => add_product(level, 1, &mut slot, &piece, n, &vectors, r),
+                Err(found) => {
+                    let mut first = error.lock().unwrap_or_else(PoisonError::into_inner);
+                    if first.as_ref().is_none_or(|(at, _)| i < *at) {
+                        *first = Some((i, found));
+                    }
                 }
             }
+        });
+        if let Some((_, found)) = error.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(found);
         }
-    });
-    drop(slots);
-    if let Some((_, e)) = error.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        return Err(e);
+    } else {
+        let width = DEPTH.min(long);
+        let (mut across, mut piece) = (vec![0.0; n * width], vec![0.0; n * width]);
+        for from in (0..long).step_by(DEPTH) {
+            if sweep.control.cancelled() {
+                return Err(Error::Cancelled);
+            }
+            let depth = DEPTH.min(long - from);
+            read_across(sweep, from..from + depth, &mut across[..n * depth])?;
+            transpose_shared(threads, &across[..n * depth], &mut piece[..n * depth], n, depth);
+            let here = &mut other[from * r..(from + depth) * r];
+            let slots: Vec<Mutex<&mut [f64]>> = here.chunks_mut(ROWS * r.max(1)).map(Mutex::new).collect();
+            share(threads, slots.len(), |i| {
+                let mut slot = slots[i].lock().unwrap_or_else(PoisonError::into_inner);
+                let rows = &piece[i * ROWS * n..][..slot.len() / r * n];
+                add_product(level, 1, &mut slot, rows, n, &vectors, r);
+            });
+        }
     }
     if sweep.control.cancelled() {
         return Err(Error::Cancelled);

@@ -3,7 +3,7 @@
 //! The inputs `v_i` are the models, or what they differ by from a base. `G[i][j]` is the sum of `v_i * v_j` in the order of
 //! [`kernel::dot`](crate::simd::kernel::dot), MICRO by MICRO and BLOCK by BLOCK; then `u = c_1 v_1 + c_2 v_2 + ...` in the order of the models,
 //! every `c_i` rounded once from f64 to the work type. A tensor is one vector, or each of its rows is (whose sums start anew at its first
-//! element), or each of its columns (whose products, rounded to the work type, are added in f64 row after row).
+//! element), or each of its columns (whose products are made and added in f64, row after row).
 
 use std::ops::Range;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -158,7 +158,7 @@ impl Gram {
         }
     }
 
-    /// Reads every input of at most MICRO elements.
+    /// Reads every input of at most MICRO elements, and notes which of them are not all zero.
     fn read<W: Work>(
         worker: Worker<'_>,
         job: &Job,
@@ -167,9 +167,11 @@ impl Gram {
         elements: &Range<u64>,
     ) -> Result<()> {
         let n = (elements.end - elements.start) as usize;
-        for i in 0..points.readers.len() {
-            let finite = points.input(i, &mut lanes.inputs[i][..n], &mut lanes.base[..n], elements)?;
-            worker.check::<W>(job, finite, elements)?;
+        let Lanes { inputs, base, moved, .. } = lanes;
+        for (i, (input, moved)) in inputs.iter_mut().zip(moved).enumerate().take(points.readers.len()) {
+            let largest = points.input_and_largest(i, &mut input[..n], &mut base[..n], elements)?;
+            worker.check::<W>(job, W::from_magnitude(largest).is_finite(), elements)?;
+            *moved |= largest != W::Magnitude::default();
         }
         Ok(())
     }
@@ -184,17 +186,38 @@ impl Gram {
         sums: &mut [f64],
     ) -> Result<()> {
         let inputs = points.readers.len();
+        let each = || (0..inputs).flat_map(|i| (i..inputs).map(move |j| (i, j)));
         lanes.sums.clear();
         lanes.sums.resize(pairs(inputs), [0.0; LANES]);
+        lanes.moved.fill(false);
         for span in points.spans(elements) {
             Self::read(worker, job, points, lanes, &span)?;
             let n = (span.end - span.start) as usize;
-            let each = (0..inputs).flat_map(|i| (i..inputs).map(move |j| (i, j)));
-            for ((i, j), sums) in each.zip(&mut lanes.sums) {
+            for ((i, j), sums) in each().zip(&mut lanes.sums) {
                 dispatch::add_dots(worker.level, sums, &lanes.inputs[i][..n], &lanes.inputs[j][..n]);
             }
         }
-        sums.iter_mut().zip(&lanes.sums).for_each(|(sum, lanes)| *sum += join(lanes));
+        let holds = |(i, j): (usize, usize), sum: f64| {
+            let moved = lanes.moved[i] && lanes.moved[j];
+            !moved || dispatch::holds::<W>(sum)
+        };
+        if each().zip(&lanes.sums).all(|(pair, sums)| holds(pair, join(sums))) {
+            sums.iter_mut().zip(&lanes.sums).for_each(|(sum, lanes)| *sum += join(lanes));
+            return Ok(());
+        }
+        // Seldom: the same once more, with products in f64.
+        let mut double = vec![[0.0; LANES]; lanes.sums.len()];
+        for span in points.spans(elements) {
+            Self::read(worker, job, points, lanes, &span)?;
+            let n = (span.end - span.start) as usize;
+            for ((i, j), double) in each().zip(&mut double) {
+                dispatch::add_dots_double(worker.level, double, &lanes.inputs[i][..n], &lanes.inputs[j][..n]);
+            }
+        }
+        let again = |found: f64, double| if dispatch::holds::<W>(found) { found } else { join(double) };
+        for ((sum, lanes), double) in sums.iter_mut().zip(&lanes.sums).zip(&double) {
+            *sum += again(join(lanes), double);
+        }
         Ok(())
     }
 

@@ -81,14 +81,23 @@ impl<W: Work> Points<'_, '_, W> {
 
     /// A model less the base, or the model where there is none. Whether all of it is finite. The base may be widened on the way.
     pub(super) fn input(&mut self, i: usize, into: &mut [W], base: &mut [W], elements: &Range<u64>) -> Result<bool> {
+        Ok(W::from_magnitude(self.input_and_largest(i, into, base, elements)?).is_finite())
+    }
+
+    /// [`Points::input`], and its largest magnitude.
+    pub(super) fn input_and_largest(
+        &mut self,
+        i: usize,
+        into: &mut [W],
+        base: &mut [W],
+        elements: &Range<u64>,
+    ) -> Result<W::Magnitude> {
         if let Some((dtype, pair)) = self.pair(i, elements) {
-            let largest = with_element!(dtype, E => dispatch::apart::<E, W>(self.level, into, pair));
-            return Ok(W::from_magnitude(largest).is_finite());
+            return Ok(with_element!(dtype, E => dispatch::apart::<E, W>(self.level, into, pair)));
         }
         let plain = self.readers[i].plain(elements).filter(|_| self.base.is_none() && self.steps.is_none());
         if let Some((dtype, bytes)) = plain {
-            let largest = with_element!(dtype, E => dispatch::widen_largest::<E, W>(self.level, into, bytes));
-            return Ok(W::from_magnitude(largest).is_finite());
+            return Ok(with_element!(dtype, E => dispatch::widen_largest::<E, W>(self.level, into, bytes)));
         }
         self.model(i, into, elements)?;
         round(self.level, into, self.steps);
@@ -100,7 +109,7 @@ impl<W: Work> Points<'_, '_, W> {
             dispatch::largest(self.level, into)
         };
         round(self.level, into, self.steps);
-        Ok(W::from_magnitude(largest).is_finite())
+        Ok(largest)
     }
 
     /// `acc = c * input`, or `acc + c * input` when not `first`, where no buffer is needed for that; whether it was so.
@@ -141,6 +150,8 @@ pub(super) struct Lanes<W> {
     pub(super) more: [Vec<W>; 3],
     /// Sums of products, lane by lane.
     pub(super) sums: Vec<[f64; LANES]>,
+    /// Whether an input has been anything else than zero.
+    pub(super) moved: Vec<bool>,
 }
 
 impl<W: Work> Lanes<W> {
@@ -151,6 +162,7 @@ impl<W: Work> Lanes<W> {
         self.more.iter_mut().for_each(full);
         self.inputs.resize_with(inputs.max(self.inputs.len()), Vec::new);
         self.inputs.iter_mut().for_each(full);
+        self.moved.resize(self.inputs.len(), false);
     }
 
     /// Bytes that so many inputs take.

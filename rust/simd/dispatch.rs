@@ -2,7 +2,7 @@
 
 use super::kernel;
 pub use super::kernel::{
-    Band, Draw, Extent, LANES, MICRO, Moves, PANEL, PanelOf, Rounding, Sifted, TURNED, Vote, join,
+    Band, Draw, Extent, LANES, MICRO, Moves, PANEL, PanelOf, Rounding, Sifted, TURNED, Vote, holds, join,
 };
 use super::level::Level;
 #[cfg(target_arch = "x86_64")]
@@ -152,6 +152,10 @@ stamp!(
 stamp!(
     /// [`kernel::add_dots`] at a level.
     add_dots [W: Work] (lanes: &mut [f64; LANES], a: &[W], b: &[W])
+);
+stamp!(
+    /// [`kernel::add_dots_double`] at a level.
+    add_dots_double [W: Work] (lanes: &mut [f64; LANES], a: &[W], b: &[W])
 );
 stamp!(
     /// [`kernel::widen_largest`] at a level.

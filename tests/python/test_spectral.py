@@ -394,6 +394,35 @@ for threads, budget in ((1, 64 << 20), (2, 1 << 20), (3, 64 << 20)):
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux says what a process reads")
+def test_a_wide_matrix_in_blocks_is_not_decoded_for_every_few_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triplets of the smaller side read a block that is stored sparsely for hundreds of columns at
+    a time, and give the bits of the difference."""
+    draw = np.random.default_rng(3)
+    n = draw.normal(size=(64, 4096)).astype(np.float32)
+    p = n + draw.normal(size=n.shape).astype(np.float32) * (draw.random(n.shape) < 0.1)
+    positive, negative = (
+        write(tmp_path / name, {NAME: ("F32", x.astype(np.float32))})
+        for name, x in (("p", p), ("n", n))
+    )
+    (positive - negative).save(tmp_path / "sparse", encoding="sparse")
+    wanted = (positive - negative).svd(NAME, rank=4, which="bottom")
+    monkeypatch.setenv("REASONVEC_IO", "read")
+    vector = rv.load(tmp_path / "sparse")
+
+    def read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = read()
+    found = vector.svd(NAME, rank=4, which="bottom")
+    stored = (tmp_path / "sparse" / "vector_model.safetensors").stat().st_size
+    assert 2 <= (read() - before) / stored < 2 * 4096 / 384 + 8
+    for part in ("u", "s", "vt"):
+        assert bytes(memoryview(getattr(found, part))) == bytes(memoryview(getattr(wanted, part)))
+
+
 @pytest.mark.parametrize("shape", [(1000, 700), (300, 800)])
 def test_one_digest(tmp_path: Path, shape: tuple[int, int]) -> None:
     pair(tmp_path, *shape, rank=5, step=1e-4)

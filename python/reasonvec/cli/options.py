@@ -169,7 +169,10 @@ nonfinite_option = click.option(
     "--allow-nonfinite", is_flag=True, help="Let NaN and infinity pass."
 )
 overwrite_option = click.option(
-    "--overwrite", is_flag=True, help="Replace an earlier output of reasonvec in the folder."
+    "--overwrite",
+    is_flag=True,
+    help="Replace an earlier output of reasonvec in the folder; it stands until the new one is "
+    "whole, so both must fit on the disk.",
 )
 resume_option = click.option("--resume", is_flag=True, help="Continue an unfinished run.")
 sync_option = click.option(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 __all__ = [
     "ADAPTABLE",
     "LAYOUTS",
+    "PACKED",
     "REFUSED",
     "ExpertLayout",
     "layout_of",
@@ -159,6 +160,14 @@ ADAPTABLE = frozenset({
     "minimax", "minimax_m2", "mixtral", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe",
     "solar_open",
 })  # fmt: skip
+
+
+# Families whose packed tensors are the parameters of the model as it is loaded, and whether PEFT
+# takes them for [experts, in, out]: by `is_transposed` of the module that has them.
+PACKED: dict[str, bool] = {
+    **{family: False for layout in LAYOUTS for family in layout.families},
+    "gpt_oss": True,
+}
 
 
 def layout_of(family: str | None) -> ExpertLayout | None:

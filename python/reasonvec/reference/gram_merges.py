@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from reasonvec.reference.formats import Work, work_of
+from reasonvec.reference.formats import Work, as_f64, work_of
 from reasonvec.reference.linear_merges import normalized, tasks
 from reasonvec.reference.measures import fixed_dot, in_order
 from reasonvec.reference.update import combine
@@ -61,12 +61,12 @@ def gram(vectors: Sequence[Work]) -> Gram:
 def gram_columns(vectors: Sequence[Work], columns: int) -> list[Gram]:
     """The Gram matrix of every column of [rows, columns].
 
-    A product is made in W and added in F64, row after row.
+    Products are made and added in F64, row after row.
     """
     sums = np.zeros((columns, len(vectors), len(vectors)))
     for i, a in enumerate(vectors):
         for j, b in enumerate(vectors):
-            for row in (a * b).reshape(-1, columns):
+            for row in (as_f64(a) * as_f64(b)).reshape(-1, columns):
                 sums[:, i, j] += row
     return [[[float(x) for x in line] for line in matrix] for matrix in sums]
 

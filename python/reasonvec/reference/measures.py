@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reasonvec.reference.formats import Bits, Dtype, Work, as_f64, as_work, widen, work_of
 
@@ -15,6 +16,7 @@ __all__ = [
     "BLOCK",
     "GROUP",
     "LANES",
+    "LEAST",
     "MICRO",
     "Extent",
     "Pair",
@@ -32,6 +34,9 @@ BLOCK = 64 * MICRO
 """Elements of a block: the unit of digests, of shuffling, and of the tables for random access."""
 LANES = 16
 GROUP = 64
+LEAST = 2.0**-100
+"""The least sum of a MICRO that is believed. A product too small for F32 loses 2^-150 at most: all
+of them, less than 2^-37 of a sum as large as this."""
 
 
 def fixed_dot(a: Work, b: Work) -> float:
@@ -41,28 +46,41 @@ def fixed_dot(a: Work, b: Work) -> float:
     j + 48 in the work type, as (first + second) + (third + fourth), and takes them into its F64
     sum; the lanes join in halves (0 + 8, 1 + 9, ..., then 0 + 4, ...); MICRO sums join in order
     within a BLOCK, and BLOCK sums in order within the tensor.
+
+    The products of large or small F32 do not fit F32. The sum of a MICRO tells: if it is not
+    finite, or below `LEAST`, it is made again in the same order with products in F64.
     """
     micros = -(-a.size // MICRO)
-    grid = (micros, MICRO // GROUP, GROUP // LANES, LANES)
+    a, b = _filled(a, micros), _filled(b, micros)
+    sums = _sums(a, b)
+    with np.errstate(invalid="ignore"):
+        again = ~((np.abs(sums) >= LEAST) & (np.abs(sums) < math.inf))
+    if work_of(a) == "F32" and again.any():
+        sums[again] = _sums(as_f64(a[again]), as_f64(b[again]))
+    step = BLOCK // MICRO
+    found: list[float] = sums.tolist()
+    return in_order([in_order(found[i : i + step]) for i in range(0, micros, step)])
+
+
+def _sums(a: Work, b: Work) -> NDArray[np.float64]:
+    # Of each MICRO, a row of a and b.
     with np.errstate(all="ignore"):
-        four = (_filled(a, micros) * _filled(b, micros)).reshape(grid)
+        four = (a * b).reshape(len(a), MICRO // GROUP, GROUP // LANES, LANES)
         runs = as_f64((four[:, :, 0] + four[:, :, 1]) + (four[:, :, 2] + four[:, :, 3]))
-        lanes = np.zeros((micros, LANES))
+        lanes = np.zeros((len(a), LANES))
         for run in range(MICRO // GROUP):
             lanes += runs[:, run]
         while lanes.shape[1] > 1:
             half = lanes.shape[1] // 2
             lanes = lanes[:, :half] + lanes[:, half:]
-    sums: list[float] = lanes[:, 0].tolist()
-    step = BLOCK // MICRO
-    return in_order([in_order(sums[i : i + step]) for i in range(0, micros, step)])
+    return lanes[:, 0]
 
 
 def _filled(values: Work, micros: int) -> Work:
     # With zeros, whose products change no sum that began at +0.0.
     filled = np.zeros(micros * MICRO, values.dtype)
     filled[: values.size] = values
-    return filled
+    return filled.reshape(micros, MICRO)
 
 
 def in_order(values: Sequence[float]) -> float:

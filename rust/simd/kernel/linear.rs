@@ -1,7 +1,7 @@
 //! What becomes of a target: widening, scaling, differences, sums, and the one rounding at the end.
 
-use super::measure::{Rounding, add_products, join};
-use super::{GROUP, LANES, elements, filled};
+use super::measure::{Rounding, add_products, change, dot_again, holds, join};
+use super::{GROUP, LANES, MICRO, elements, filled};
 use crate::bf16::{Element, Work};
 
 /// `into = widen(from)`.
@@ -155,7 +155,28 @@ fn finish_pieces<E: Element, W: Work, const MINDFUL: bool>(
         lanes = [a, b, c];
     }
     let [intended, realised, dot] = lanes.each_ref().map(join);
-    (Rounding { intended, realised, dot, updated: u64::from(updated), lost: u64::from(lost) }, largest)
+    let mut report = Rounding { intended, realised, dot, updated: u64::from(updated), lost: u64::from(lost) };
+    // Where nothing is updated, or all of it is lost, sums are zero as they should be.
+    let holds = |sum| holds::<W>(sum) || updated == 0;
+    if !(holds(intended) && (updated == lost || holds(realised) && holds(dot))) {
+        report_again::<E, W>(&mut report, out, t, u);
+    }
+    (report, largest)
+}
+
+/// The sums of a report that do not [hold](holds).
+#[cold]
+#[inline(never)]
+fn report_again<E: Element, W: Work>(report: &mut Rounding, out: &[u8], t: &[u8], u: &[W]) {
+    let (mut before, mut r) = ([W::ZERO; MICRO], [W::ZERO; MICRO]);
+    let (before, r) = (&mut before[..u.len()], &mut r[..u.len()]);
+    widen::<E, W>(before, t);
+    change::<E, W>(r, out, before);
+    for (sum, a, b) in [(&mut report.intended, u, u), (&mut report.realised, &*r, &*r), (&mut report.dot, u, &*r)] {
+        if !holds::<W>(*sum) {
+            *sum = dot_again(a, b, *sum);
+        }
+    }
 }
 
 /// Elements of which everything that is computed stays in the first-level cache beside what is read and written.

@@ -29,6 +29,19 @@ impl Rounding {
     }
 }
 
+/// The least sum that is believed. Products of f32 lose at most 2^-150 each where they are too small for the format: of a MICRO, less than
+/// 2^-37 of a sum as large as this, where f32 itself keeps 2^-24 of a product.
+const LEAST: f64 = 1.0 / (1u128 << 100) as f64;
+
+/// Whether the products of a sum fit the work type, as far as the sum tells: it is finite, and not so small that products may have been lost.
+/// If it does not hold, the sum is made again in the same order with products in f64, which hold every product of two f32. One look at a
+/// sum of thousands of products: ordinary values pay nothing for it. Sums of f64 stay what they are: beyond 1e154 and below 1e-154 their
+/// squares do not fit any format.
+#[inline(always)]
+pub fn holds<W: Work>(sum: f64) -> bool {
+    size_of::<W>() == size_of::<f64>() || (LEAST..f64::INFINITY).contains(&sum.abs())
+}
+
 /// Adds the products of a group to the lanes.
 #[inline(always)]
 pub(super) fn add_products<W: Work>(lanes: &mut [f64; LANES], a: &[W; GROUP], b: &[W; GROUP]) {
@@ -64,12 +77,38 @@ pub fn change<O: Element, W: Work>(r: &mut [W], out: &[u8], t: &[W]) {
 }
 
 /// Sum of `a * b` over at most MICRO elements. Of every [`GROUP`] of 64, lane `j` of [`LANES`] adds up the products at `j`, `j + 16`,
-/// `j + 32` and `j + 48` in the work type, and takes the four together into its f64 sum; in the end the lanes join pairwise.
+/// `j + 32` and `j + 48` in the work type, and takes the four together into its f64 sum; in the end the lanes join pairwise. A sum that does
+/// not [hold](holds) is made again in f64.
 #[inline(always)]
 pub fn dot<W: Work>(a: &[W], b: &[W]) -> f64 {
     let mut lanes = [0.0; LANES];
     add_dots(&mut lanes, a, b);
+    let sum = join(&lanes);
+    if holds::<W>(sum) { sum } else { dot_again(a, b, sum) }
+}
+
+/// The sum of a [`dot`] that does not hold, with products in f64; as it was found where nothing moved.
+#[cold]
+#[inline(never)]
+pub(super) fn dot_again<W: Work>(a: &[W], b: &[W], found: f64) -> f64 {
+    let still = |x: &[W]| x.chunks(GROUP).all(|x| largest(x) == W::Magnitude::default());
+    if still(a) || still(b) {
+        return found;
+    }
+    let mut lanes = [0.0; LANES];
+    add_dots_double(&mut lanes, a, b);
     join(&lanes)
+}
+
+/// [`add_dots`] with products, and sums of four of them, in f64.
+#[inline(always)]
+pub fn add_dots_double<W: Work>(into: &mut [f64; LANES], a: &[W], b: &[W]) {
+    for (a, b) in a.chunks(GROUP).zip(b.chunks(GROUP)) {
+        let (mut a_double, mut b_double) = ([0.0; GROUP], [0.0; GROUP]);
+        double(&mut a_double, a);
+        double(&mut b_double, b);
+        add_products(into, &a_double, &b_double);
+    }
 }
 
 /// What some elements, all groups but for the last of a MICRO, add to the lanes of a [`dot`].
@@ -149,10 +188,10 @@ pub fn double<W: Work>(into: &mut [f64], x: &[W]) {
     }
 }
 
-/// `sums = sums + a * b`: the product in the work type, the sum in f64.
+/// `sums = sums + a * b` in f64, which holds every product of two f32: sums of single products tell nothing of what f32 lost.
 #[inline(always)]
 pub fn add_products_each<W: Work>(sums: &mut [f64], a: &[W], b: &[W]) {
     for ((sum, &a), &b) in sums.iter_mut().zip(a).zip(b) {
-        *sum += (a * b).to_f64();
+        *sum += a.to_f64() * b.to_f64();
     }
 }

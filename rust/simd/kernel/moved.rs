@@ -1,6 +1,6 @@
 //! What a sparse vector is made of: which elements moved, their values, and the proof that they lead back.
 
-use super::measure::{dot, join, largest};
+use super::measure::{dot, dot_again, holds, join, largest};
 use super::{GROUP, LANES, MICRO, elements, filled};
 use crate::bf16::{Element, Work};
 
@@ -22,7 +22,7 @@ pub struct Extent<W> {
 pub fn extent<W: Work>(x: &[W]) -> Extent<W> {
     let (max, finite) = extreme(x);
     let moved = x.iter().map(|&x| u64::from(x != W::ZERO)).sum();
-    Extent { max, moved, finite, squares: dot(x, x) }
+    Extent { max, moved, finite, squares: if moved == 0 { 0.0 } else { dot(x, x) } }
 }
 
 /// The largest absolute value, and whether all are finite; what is not a number does not count.
@@ -96,7 +96,9 @@ pub fn moves<E: Element, W: Work>(u: &mut [W], p: &[u8], n: &[u8]) -> Moves {
         }
     }
     let differs = differs.iter().fold(W::Magnitude::default(), |all, &d| all | d);
-    Moves { squares: join(&lanes), rebuilds: differs == W::Magnitude::default() }
+    let found = join(&lanes);
+    let squares = if holds::<W>(found) { found } else { dot_again(u, u, found) };
+    Moves { squares, rebuilds: differs == W::Magnitude::default() }
 }
 
 /// A group of [`moves`]: the differences, and the sums of four squares each.
