@@ -75,6 +75,7 @@ pub struct Search {
     elements: u64,
     wanted: Wanted,
     pass: RwLock<Option<Arc<Pass>>>,
+    guess: OnceLock<Guess>,
     found: OnceLock<Threshold>,
     last: OnceLock<Last>,
 }
@@ -86,6 +87,15 @@ pub struct Last {
     pub block: u64,
     /// Which of its equals.
     pub nth: u64,
+}
+
+/// What a sample lets one expect: the threshold, and the share of its equals that are taken.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Guess {
+    /// The key of the threshold.
+    pub key: u64,
+    /// How many of its equals are taken, of all of them.
+    pub share: f64,
 }
 
 /// How many of the largest are wanted.
@@ -101,13 +111,15 @@ enum Wanted {
 pub struct Pass {
     lo: u64,
     hi: u64,
+    /// A key of the range that is likely to be the answer.
+    likely: u64,
     shift: u32,
     above: AtomicU64,
     /// Zeros, where they are counted.
     none: AtomicU64,
     zeros: bool,
-    /// What each block has at the lower end of the range, and at the upper.
-    ends: Box<[[AtomicU32; 2]]>,
+    /// What each block has of the lowest key of the range, of the highest, and of the likely one if it is another.
+    marked: Box<[[AtomicU32; 3]]>,
     counts: Box<[AtomicU64]>,
     /// The one key of a bucket, from the bucket's start and plus one.
     only: Box<[AtomicU32]>,
@@ -119,6 +131,7 @@ pub struct Tally {
     above: u64,
     highest: u64,
     lowest: u64,
+    likely: u64,
     zeros: u64,
     slots: [(u64, u64); SLOTS],
     marks: [u8; MICRO],
@@ -126,19 +139,19 @@ pub struct Tally {
 
 impl Default for Tally {
     fn default() -> Self {
-        Self { above: 0, highest: 0, lowest: 0, zeros: 0, slots: [(0, 0); SLOTS], marks: [0; MICRO] }
+        Self { above: 0, highest: 0, lowest: 0, likely: 0, zeros: 0, slots: [(0, 0); SLOTS], marks: [0; MICRO] }
     }
 }
 
 impl Pass {
-    fn new(lo: u64, hi: u64, zeros: bool, elements: u64) -> Self {
+    fn new((lo, hi): (u64, u64), likely: u64, zeros: bool, elements: u64) -> Self {
         let span = hi - lo;
         let shift = (u64::BITS - span.leading_zeros()).saturating_sub(BUCKETS.trailing_zeros());
         let buckets = (span >> shift) as usize + 1;
         let counts = (0..buckets).map(|_| AtomicU64::new(0)).collect();
         let only = (0..buckets).map(|_| AtomicU32::new(EMPTY)).collect();
-        let ends = (0..elements.div_ceil(BLOCK)).map(|_| Default::default()).collect();
-        Self { lo, hi, shift, above: AtomicU64::new(0), none: AtomicU64::new(0), zeros, ends, counts, only }
+        let marked = (0..elements.div_ceil(BLOCK)).map(|_| Default::default()).collect();
+        Self { lo, hi, likely, shift, above: AtomicU64::new(0), none: AtomicU64::new(0), zeros, marked, counts, only }
     }
 
     /// Counts at most MICRO elements.
@@ -174,7 +187,7 @@ impl Pass {
         tally.above += sifted.above;
         tally.highest += sifted.highest;
         tally.lowest += sifted.lowest;
-        let Tally { slots, marks: all, .. } = tally;
+        let Tally { slots, likely, marks: all, .. } = tally;
         // What is left of an earlier call beyond them does not count.
         all[marks..marks.next_multiple_of(64)].fill(0);
         for (group, marks) in all[..marks.next_multiple_of(64)].as_chunks::<64>().0.iter().enumerate() {
@@ -188,8 +201,8 @@ impl Pass {
                     left &= left - 1;
                     let slot = &mut slots[(key.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 58) as usize];
                     if slot.0 != key {
-                        self.put(slot.0, slot.1);
-                        *slot = (key, 0);
+                        self.spill(slot, likely);
+                        slot.0 = key;
                     }
                     slot.1 += 1;
                 }
@@ -201,26 +214,34 @@ impl Pass {
     pub fn close(&self, block: u64, tally: &mut Tally) {
         self.above.fetch_add(std::mem::take(&mut tally.above), Ordering::Relaxed);
         self.none.fetch_add(std::mem::take(&mut tally.zeros), Ordering::Relaxed);
-        let (lowest, highest) = (std::mem::take(&mut tally.lowest), std::mem::take(&mut tally.highest));
-        for (count, own) in self.ends[block as usize].iter().zip([lowest, highest]) {
+        for slot in &mut tally.slots {
+            self.spill(slot, &mut tally.likely);
+        }
+        let [lowest, highest, likely] = [&mut tally.lowest, &mut tally.highest, &mut tally.likely].map(std::mem::take);
+        for (count, own) in self.marked[block as usize].iter().zip([lowest, highest, likely]) {
             count.fetch_add(own as u32, Ordering::Relaxed);
         }
         self.put(self.hi, highest);
         if self.lo < self.hi {
             self.put(self.lo, lowest);
         }
-        for slot in &mut tally.slots {
-            self.put(slot.0, slot.1);
-            *slot = (0, 0);
-        }
     }
 
-    /// Where the last of so many elements that have a key is, if the key is an end of the range.
+    /// Empties a slot.
+    fn spill(&self, slot: &mut (u64, u64), likely: &mut u64) {
+        let (key, count) = std::mem::take(slot);
+        if key == self.likely {
+            *likely += count;
+        }
+        self.put(key, count);
+    }
+
+    /// Where the last of so many elements that have a key is, if blocks counted that key.
     fn last(&self, key: u64, wanted: u64) -> Option<Last> {
-        let end = [self.lo, self.hi].iter().position(|&end| end == key)?;
+        let which = [self.lo, self.hi, self.likely].iter().position(|&marked| marked == key)?;
         let mut left = wanted;
-        for (block, ends) in self.ends.iter().enumerate() {
-            let own = u64::from(ends[end].load(Ordering::Relaxed));
+        for (block, marked) in self.marked.iter().enumerate() {
+            let own = u64::from(marked[which].load(Ordering::Relaxed));
             if left <= own {
                 return Some(Last { block: block as u64, nth: left });
             }
@@ -260,7 +281,7 @@ impl Search {
         if let Some(answer) = answer {
             let _ = found.set(answer);
         }
-        Self { elements, wanted: Wanted::Count(wanted), pass: RwLock::new(None), found, last: OnceLock::new() }
+        Self::of(Wanted::Count(wanted), elements, found)
     }
 
     /// The search for the smallest of the largest `int(share * n)`, `n` being the number of magnitudes that are not zero.
@@ -269,13 +290,16 @@ impl Search {
         if elements == 0 {
             let _ = found.set(NOTHING);
         }
-        Self {
-            elements,
-            wanted: Wanted::Share(share, OnceLock::new()),
-            pass: RwLock::new(None),
-            found,
-            last: OnceLock::new(),
-        }
+        Self::of(Wanted::Share(share, OnceLock::new()), elements, found)
+    }
+
+    fn of(wanted: Wanted, elements: u64, found: OnceLock<Threshold>) -> Self {
+        Self { elements, wanted, pass: RwLock::new(None), guess: OnceLock::new(), found, last: OnceLock::new() }
+    }
+
+    /// What the sample lets one expect, if there is one and it is not all.
+    pub fn guess(&self) -> Option<Guess> {
+        self.guess.get().copied()
     }
 
     /// The answer, once there is one.
@@ -330,11 +354,12 @@ impl Search {
             Wanted::Count(n) => (*n as f64 / self.elements as f64 * keys.len() as f64, false),
             Wanted::Share(share, _) => (share * nonzero, true),
         };
-        let (lo, hi) = bracket::<W>(sample, &mut keys, rank);
+        let (range, guess) = bracket::<W>(sample, &mut keys, rank);
+        let _ = self.guess.set(guess);
         self.pass
             .write()
             .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert_with(|| Arc::new(Pass::new(lo, hi, zeros, self.elements)));
+            .get_or_insert_with(|| Arc::new(Pass::new(range, guess.key, zeros, self.elements)));
     }
 
     /// Takes part in another search's pass over the same stream, if it is the same: neighbouring ranks have one bracket.
@@ -395,18 +420,18 @@ impl Search {
         if let Some(last) = self.found().and_then(|found| pass.last(found.key, found.take)) {
             let _ = self.last.set(last);
         }
-        *slot = range.map(|(lo, hi)| Arc::new(Pass::new(lo, hi, false, self.elements)));
+        *slot = range.map(|range| Arc::new(Pass::new(range, range.0, false, self.elements)));
     }
 
     /// The most bytes that a search of so many elements holds.
     pub fn memory(elements: u64) -> u64 {
-        BUCKETS * 12 + elements.div_ceil(BLOCK) * 8
+        BUCKETS * 12 + elements.div_ceil(BLOCK) * 12
     }
 }
 
-/// A range of keys that all but surely holds the answer. Neighbours are alike, so the places of the sample say how far off it can be, and not the
+/// A range of keys that all but surely holds the answer, and what it is expected to be. Neighbours are alike, so the places of the sample say how far off it can be, and not the
 /// number of its elements.
-fn bracket<W: Work>(sample: &[W], keys: &mut [W::Magnitude], rank: f64) -> (u64, u64) {
+fn bracket<W: Work>(sample: &[W], keys: &mut [W::Magnitude], rank: f64) -> ((u64, u64), Guess) {
     let n = keys.len() as f64;
     // Of keys in two parts around the one at a rank, those in the part that it is in need sorting out.
     let place = |from_top: f64| (n - 1.0 - from_top).clamp(0.0, n - 1.0) as usize;
@@ -428,7 +453,10 @@ fn bracket<W: Work>(sample: &[W], keys: &mut [W::Magnitude], rank: f64) -> (u64,
         if rank + margin > n - 1.0 { 0 } else { (*keys[..=at].select_nth_unstable(place(rank + margin)).1).into() };
     // Zeros can be most of a stream: what is below a bracket from 1 on needs no counting.
     let lo = lo.max(1);
-    (lo, hi.max(lo))
+    let above = keys.iter().filter(|k| **k > middle).count() as f64;
+    let equal = keys.iter().filter(|k| **k == middle).count() as f64;
+    let guess = Guess { key: middle.into(), share: ((rank - above) / equal).clamp(0.0, 1.0) };
+    ((lo, hi.max(lo)), guess)
 }
 
 /// Where the elements that are equal to a threshold stop being taken, for some searches over one tensor. What a block needs to know

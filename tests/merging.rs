@@ -13,6 +13,7 @@ use reasonvec::Error;
 use reasonvec::dtype::Dtype;
 use reasonvec::merge::{self, ApplyPlan};
 use reasonvec::plan::{Operand, Operands};
+use reasonvec::select::places;
 use reasonvec::stream::{BLOCK, Control};
 use serde_json::{Value, json};
 
@@ -211,6 +212,82 @@ fn of_equals_those_with_the_lowest_index_are_kept() {
             let expected = u64::from((1.0 + u).to_bits());
             assert_eq!(common::element(Dtype::F32, &found["w"], i as usize), expected, "element {i}");
         }
+    }
+}
+
+/// A tensor of which the sample, or its beginning, shows something else than there is: it is merged with a base of zeros.
+fn misleading(kind: &str, n: u64) -> Vec<f64> {
+    let mut dice = Dice::new(n);
+    let mut values: Vec<f64> = (0..n)
+        .map(|i| match kind {
+            // The equals of the threshold are all in the first half.
+            "uneven" if i < n / 2 => [1.0, 1.0, 2.0][dice.below(3) as usize],
+            "uneven" => 0.5,
+            _ => dice.below(1000) as f64 / 1000.0 - 0.5,
+        })
+        .collect();
+    if kind == "hidden" {
+        for place in places(n) {
+            values[place.start as usize..place.end as usize].fill(0.125);
+        }
+    }
+    values
+}
+
+#[test]
+fn what_a_sample_makes_one_expect_changes_nothing() {
+    let n = 5 * BLOCK - 777;
+    for kind in ["plain", "uneven", "hidden"] {
+        let d = misleading(kind, n);
+        let tensor = |values| vec![Tensor::floats("w", Dtype::F32, values)];
+        let models = Models::new(vec![tensor(vec![0.0; n as usize]), tensor(d.clone())]);
+        let d: Vec<f32> = d.into_iter().map(|x| x as f32).collect();
+        for (density, gamma) in [(0.2, None), (0.6, None), (0.3, Some(0.1))] {
+            let (mut method, k) = (json!({"kind": "ties", "density": [density]}), (density * n as f64) as usize);
+            let mut most = 0;
+            if let Some(gamma) = gamma {
+                method = json!({"kind": "breadcrumbs", "density": [density], "gamma": [gamma], "normalize": true});
+                most = (gamma * n as f64) as usize;
+            }
+            let (kept, dropped) = (largest(&d, k + most), largest(&d, most));
+            for threads in [1, 3] {
+                let found = models.merge(&method, true, 1, how(threads, 64 * MIB));
+                for (i, &x) in d.iter().enumerate() {
+                    let expected = if kept[i] && !dropped[i] { (0.5 * x) / 0.5 } else { 0.0 };
+                    let bits = common::element(Dtype::F32, &found["w"], i);
+                    assert_eq!(bits, u64::from((0.0 + expected).to_bits()), "{kind} {method}: element {i}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_would_not_fit_if_the_sample_were_right_is_no_error() {
+    let n = 4 * BLOCK;
+    let sampled: Vec<bool> = {
+        let mut sampled = vec![false; n as usize];
+        places(n).into_iter().for_each(|p| sampled[p.start as usize..p.end as usize].fill(true));
+        sampled
+    };
+    // Of every ten elements three move far, from zero; two a little, but from where F16 has no room for twice of it.
+    let pair = |i: u64| match i % 10 {
+        _ if sampled[i as usize] => (0.0, 16.0),
+        0..3 => (0.0, 30_000.0),
+        3..5 => (60_000.0, 64_000.0),
+        _ => (0.0, 16.0),
+    };
+    let (base, own): (Vec<f64>, Vec<f64>) = (0..n).map(pair).unzip();
+    let far = (0..n).filter(|&i| pair(i).1 == 30_000.0).count() as f64;
+    let models = Models::new(vec![
+        vec![Tensor::floats("w", Dtype::F16, base)],
+        vec![Tensor::floats("w", Dtype::F16, own)],
+    ]);
+    let method = json!({"kind": "ties", "density": [(far + 0.5) / n as f64], "lambda": 2.0});
+    let found = models.merge(&method, true, 1, how(2, 64 * MIB));
+    for i in 0..n {
+        let expected = if pair(i).1 == 30_000.0 { 60_000.0 } else { pair(i).0 };
+        assert_eq!(common::element(Dtype::F16, &found["w"], i as usize), narrow(Dtype::F16, expected), "element {i}");
     }
 }
 

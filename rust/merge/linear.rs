@@ -29,6 +29,7 @@ pub(super) struct How {
 }
 
 /// What one tile adds to what its tensor has gathered.
+#[derive(Default)]
 pub(super) struct TileResult {
     pub(super) first_block: usize,
     pub(super) out: Vec<BlockHash>,
@@ -157,6 +158,7 @@ pub(super) fn combine_tile<O: Element, W: Work>(
             }
             at = end;
         }
+        update.end(block);
         result.rounding.push(sums);
         let place = (range.start - tile.elements.start) as usize..(range.end - tile.elements.start) as usize;
         if algorithm != Algorithm::None {

@@ -508,6 +508,27 @@ impl Method {
         }
     }
 
+    /// What can make the output in a measuring stage, see [`Mask::foresee`].
+    pub(super) fn foresight(&self, stage: usize) -> Option<&Mask> {
+        match self {
+            Self::Mask(m) => Some(&**m).filter(|m| m.may_foresee(stage)),
+            Self::Gram(_) | Self::Spectral(_) => None,
+        }
+    }
+
+    /// How many blocks are to be made again, once what was expected can be compared with what was found.
+    pub(super) fn look_back(&self) -> Option<u64> {
+        match self {
+            Self::Mask(m) => m.look_back(),
+            Self::Gram(_) | Self::Spectral(_) => None,
+        }
+    }
+
+    /// Whether a block's output has been made in a measuring stage, and is right.
+    pub(super) fn stands(&self, block: u64) -> bool {
+        matches!(self, Self::Mask(m) if m.stands(block))
+    }
+
     /// Bytes that all workers together hold for the tensor while it lasts.
     pub(super) fn shared_memory(&self) -> u64 {
         match self {

@@ -1,9 +1,9 @@
 //! Writing a whole output: shards laid out in advance, tiles in any order, a journal of what is done, final names for what is whole.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
@@ -21,7 +21,7 @@ use crate::stream::{BLOCK, Control, Gates, Grid, Tile, Visit, pass, visits};
 use crate::{Error, Result};
 
 use super::linear::{How, Sum, TileResult, combine_tile, copy_tile};
-use super::mask;
+use super::mask::{self, Mask};
 use super::method::{Method, Worker};
 use super::points::Update;
 use super::prepare::{ApplyPlan, Job, Prepared, lanes, prepare, share_budget};
@@ -80,9 +80,24 @@ struct Ready {
     bytes: Vec<u8>,
     writer: std::sync::Arc<Writer>,
     offset: u64,
-    tensor: usize,
-    tiles: usize,
+    /// Which of the visits it is of.
+    visit: usize,
     result: TileResult,
+}
+
+/// How well outputs were foreseen so far, in blocks.
+#[derive(Default)]
+struct Record {
+    foreseen: AtomicU64,
+    mistaken: AtomicU64,
+}
+
+impl Record {
+    /// Whether it is worth while: a block that was mistaken costs a writing more, and one that was not saves a reading.
+    fn is_good(&self) -> bool {
+        const CREDIT: u64 = 256;
+        self.mistaken.load(Ordering::Relaxed) <= self.foreseen.load(Ordering::Relaxed) / 2 + CREDIT
+    }
 }
 
 /// Writes the shards of a plan. The journal stays: the caller removes it when everything else in the folder is whole.
@@ -144,6 +159,8 @@ pub fn apply(plan: &ApplyPlan, operands: Operands<'_>, control: &Control) -> Res
         threads: budget.threads,
         spare: Mutex::new((1..budget.threads).map(|_| Vec::new()).collect()),
         gathered: todo.iter().map(|_| Mutex::new(None)).collect(),
+        foresees: todo.iter().map(|_| OnceLock::new()).collect(),
+        record: Record::default(),
         jobs: &todo,
         whole,
         grid,
@@ -278,6 +295,9 @@ struct Run<'a> {
     spare: Mutex<Vec<Vec<u8>>>,
     jobs: &'a [&'a Job],
     gathered: Vec<Mutex<Option<Gathered>>>,
+    /// Whether the output of a tensor is made while it is measured.
+    foresees: Vec<OnceLock<bool>>,
+    record: Record,
     whole: Sender<usize>,
     grid: Grid,
     /// What the tiles of the grid belong to.
@@ -314,8 +334,16 @@ impl Run<'_> {
         self.gates.wait(visit, self.control)?;
         let job = self.jobs[visit.tensor];
         let Some(method) = job.method.as_ref().filter(|m| visit.stage < m.measures()) else {
-            return self.combine(scratch, visit, tile);
+            return self.combine(scratch, tile);
         };
+        // One block: what it has counted can be forgotten.
+        if tile.elements.end - tile.elements.start <= BLOCK
+            && let Some(mask) = method.foresight(visit.stage)
+            && *self.foresees[visit.tensor].get_or_init(|| self.record.is_good())
+            && self.foresee(scratch, mask, tile)?
+        {
+            return Ok(());
+        }
         if !method.skips(visit.stage) {
             let Scratch { pool, single, double, .. } = scratch;
             let worker = self.worker(pool);
@@ -325,16 +353,48 @@ impl Run<'_> {
                 measure(method, visit.stage, worker, job, tile, single)?;
             }
         }
+        self.measured(tile.tensor)?;
         if visit.stage as u64 + 1 < job.readings() {
             self.control.advance(share(job, tile, job.bytes_read()));
         }
-        if self.left[tile.tensor].fetch_sub(1, Ordering::AcqRel) == 1 {
-            if !method.skips(visit.stage) {
-                method.solve(visit.stage, self.control)?;
-            }
-            self.gates.open(visit);
-        }
         Ok(())
+    }
+
+    /// Says that a tile of a measuring stage is done; the last one ends the stage.
+    fn measured(&self, number: usize) -> Result<()> {
+        if self.left[number].fetch_sub(1, Ordering::AcqRel) != 1 {
+            return Ok(());
+        }
+        let visit = self.visits[number];
+        let Some(method) = &self.jobs[visit.tensor].method else { return Ok(()) };
+        if !method.skips(visit.stage) {
+            method.solve(visit.stage, self.control)?;
+        }
+        if self.foresees[visit.tensor].get() == Some(&true)
+            && let Some(mistaken) = method.look_back()
+        {
+            self.record.mistaken.fetch_add(mistaken, Ordering::Relaxed);
+            self.record.foreseen.fetch_add(self.grid.tiles_of(number) as u64, Ordering::Relaxed);
+        }
+        self.gates.open(visit);
+        Ok(())
+    }
+
+    /// Measures a tile, and makes the output that is to be expected. `false` if that cannot be, and nothing was measured.
+    fn foresee(&self, scratch: &mut Scratch, mask: &Mask, tile: &Tile) -> Result<bool> {
+        let job = self.jobs[self.visits[tile.tensor].tensor];
+        let result = match self.make(scratch, job, Some(mask), tile) {
+            Err(Error::NonFinite { .. }) => {
+                // Perhaps only because something else was expected.
+                mask.forget(&mut scratch.single.method);
+                mask.forget(&mut scratch.double.method);
+                return Ok(false);
+            }
+            result => result?,
+        };
+        self.hand_in(scratch, job, tile, result)?;
+        self.control.advance(share(job, tile, job.bytes_read()));
+        Ok(true)
     }
 
     fn worker<'w>(&'w self, pool: &'w Pool) -> Worker<'w> {
@@ -344,55 +404,66 @@ impl Run<'_> {
         Worker { level, control: self.control, pool, allow_nonfinite, threads }
     }
 
-    fn combine(&self, scratch: &mut Scratch, visit: Visit, tile: &Tile) -> Result<()> {
-        let job = self.jobs[visit.tensor];
-        let writer = lock(&self.shards[job.shard].writer).clone();
-        let writer =
-            writer.ok_or_else(|| Error::mismatch(&job.name, "its shard was closed too early; please report this"))?;
-        let Scratch { pool, out, single, double, corrections } = scratch;
-        let tiles = self.grid.tiles_of(tile.tensor);
+    fn combine(&self, scratch: &mut Scratch, tile: &Tile) -> Result<()> {
+        let job = self.jobs[self.visits[tile.tensor].tensor];
+        let stands = |method: &Method| tile.blocks().all(|(block, _)| method.stands(block));
         if job.is_copy() {
-            let result = copy_tile(&self.how, job, tile, &writer, pool)?;
-            drop(writer);
-            self.gather(visit.tensor, tiles, result)?;
+            let result = copy_tile(&self.how, job, tile, &*self.writer(job)?, &scratch.pool)?;
+            self.gather(tile.tensor, result)?;
+        } else if job.method.as_ref().is_some_and(stands) {
+            self.gather(tile.tensor, TileResult::default())?;
         } else {
-            out.resize((tile.elements.end - tile.elements.start) as usize * job.dtype.size(), 0);
-            let worker = self.worker(pool);
-            let result = with_element!(job.dtype, O => if job.double {
-                with_update(job, worker, &mut double.method, &mut |update| combine_tile::<O, f64>(&self.how, job, tile, pool, out, &mut double.update, corrections, update))?
-            } else {
-                with_update(job, worker, &mut single.method, &mut |update| combine_tile::<O, f32>(&self.how, job, tile, pool, out, &mut single.update, corrections, update))?
-            });
-            let offset = job.offset + tile.elements.start * job.dtype.size() as u64;
-            let bytes = std::mem::take(out);
-            *out = self.hand_in(Ready { bytes, writer, offset, tensor: visit.tensor, tiles, result })?;
+            let result = self.make(scratch, job, None, tile)?;
+            self.hand_in(scratch, job, tile, result)?;
         }
         self.control.advance(share(job, tile, job.bytes_read()) + share(job, tile, job.bytes_written()));
         Ok(())
     }
 
-    /// Writes a tile, and those that come to wait meanwhile; or leaves it to whoever is writing. A buffer for the next.
-    fn hand_in(&self, ready: Ready) -> Result<Vec<u8>> {
-        let shard = &self.shards[self.jobs[ready.tensor].shard];
+    fn writer(&self, job: &Job) -> Result<std::sync::Arc<Writer>> {
+        let writer = lock(&self.shards[job.shard].writer).clone();
+        writer.ok_or_else(|| Error::mismatch(&job.name, "its shard was closed too early; please report this"))
+    }
+
+    /// Makes a tile of the output; the one that is to be expected, if that is foreseen.
+    fn make(&self, scratch: &mut Scratch, job: &Job, foreseen: Option<&Mask>, tile: &Tile) -> Result<TileResult> {
+        let Scratch { pool, out, single, double, corrections } = scratch;
+        out.resize((tile.elements.end - tile.elements.start) as usize * job.dtype.size(), 0);
+        let worker = self.worker(pool);
+        with_element!(job.dtype, O => if job.double {
+            with_update(job, worker, &mut double.method, foreseen, &mut |update| combine_tile::<O, f64>(&self.how, job, tile, pool, out, &mut double.update, corrections, update))
+        } else {
+            with_update(job, worker, &mut single.method, foreseen, &mut |update| combine_tile::<O, f32>(&self.how, job, tile, pool, out, &mut single.update, corrections, update))
+        })
+    }
+
+    /// Writes a tile that was made, and those that come to wait meanwhile; or leaves it to whoever is writing.
+    fn hand_in(&self, scratch: &mut Scratch, job: &Job, tile: &Tile, result: TileResult) -> Result<()> {
+        let writer = self.writer(job)?;
+        let offset = job.offset + tile.elements.start * job.dtype.size() as u64;
+        let bytes = std::mem::take(&mut scratch.out);
+        let ready = Ready { bytes, writer, offset, visit: tile.tensor, result };
+        let shard = &self.shards[job.shard];
         let busy = {
             let mut desk = lock(&shard.desk);
             if desk.busy
                 && let Some(buffer) = lock(&self.spare).pop()
             {
                 desk.waiting.push_back(ready);
-                return Ok(buffer);
+                scratch.out = buffer;
+                return Ok(());
             }
             std::mem::replace(&mut desk.busy, true)
         };
-        let buffer = self.write(ready)?;
+        scratch.out = self.write(ready)?;
         if busy {
-            return Ok(buffer);
+            return Ok(());
         }
         loop {
             let mut desk = lock(&shard.desk);
             let Some(next) = desk.waiting.pop_front() else {
                 desk.busy = false;
-                return Ok(buffer);
+                return Ok(());
             };
             drop(desk);
             let free = self.write(next)?;
@@ -402,16 +473,20 @@ impl Run<'_> {
 
     /// Writes a tile and takes in what it says; its buffer.
     fn write(&self, ready: Ready) -> Result<Vec<u8>> {
-        let Ready { bytes, writer, offset, tensor, tiles, result } = ready;
+        let Ready { bytes, writer, offset, visit, result } = ready;
         writer.write_at(&bytes, offset)?;
         drop(writer);
-        self.gather(tensor, tiles, result)?;
+        self.gather(visit, result)?;
         Ok(bytes)
     }
 
     /// Takes in what a tile has to say; the last tile of a tensor writes the journal, the last tensor of a shard finishes the file.
-    fn gather(&self, tensor: usize, tiles: usize, tile: TileResult) -> Result<()> {
-        let job = self.jobs[tensor];
+    ///
+    /// What was foreseen is kept until the tensor's last stage, which makes some of it anew.
+    fn gather(&self, number: usize, tile: TileResult) -> Result<()> {
+        let Visit { tensor, stage } = self.visits[number];
+        let (job, tiles) = (self.jobs[tensor], self.grid.tiles_of(number));
+        let foreseen = stage + 1 < job.stages();
         let blocks = job.elements.div_ceil(BLOCK) as usize;
         let finished = {
             let mut slot = lock(&self.gathered[tensor]);
@@ -432,6 +507,10 @@ impl Run<'_> {
             }
             for (into, from) in all.rounding[tile.first_block.min(blocks)..].iter_mut().zip(&tile.rounding) {
                 *into = *from;
+            }
+            if foreseen {
+                drop(slot);
+                return self.measured(number);
             }
             all.left -= 1;
             if all.left == 0 { slot.take() } else { None }
@@ -495,8 +574,12 @@ fn with_update<W: Work, R>(
     job: &Job,
     worker: Worker<'_>,
     scratch: &mut mask::Scratch<W>,
-    with: &mut dyn FnMut(&mut dyn Update<W>) -> R,
-) -> R {
+    foreseen: Option<&Mask>,
+    with: &mut dyn FnMut(&mut dyn Update<W>) -> Result<R>,
+) -> Result<R> {
+    if let Some(mask) = foreseen {
+        return with(&mut mask.foresee(worker, job, scratch)?);
+    }
     match &job.method {
         None => with(&mut Sum),
         Some(Method::Gram(gram)) => with(&mut gram.update(&mut scratch.lanes)),

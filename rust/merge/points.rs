@@ -178,6 +178,9 @@ pub(super) trait Update<W: Work> {
         Ok(())
     }
 
+    /// Called behind the last element of a block.
+    fn end(&mut self, _block: u64) {}
+
     /// The update of some elements. Whether every input was finite, as far as the output may not show it.
     fn make(&mut self, points: &mut Points<'_, '_, W>, u: &mut [W], elements: Range<u64>) -> Result<bool>;
 }

@@ -27,17 +27,26 @@ impl Mask {
         scratch: &'a mut Scratch<W>,
     ) -> impl Update<W> + use<'a, W> {
         scratch.fit(self);
+        self.combine(worker, job, scratch)
+    }
+
+    pub(super) fn combine<'a, W: Work>(
+        &'a self,
+        worker: Worker<'a>,
+        job: &'a Job,
+        scratch: &'a mut Scratch<W>,
+    ) -> Combine<'a, W> {
         Combine { mask: self, worker, job, scratch, block: 0, solved: self.solved.get().map_or(&[], Vec::as_slice) }
     }
 }
 
-struct Combine<'a, W> {
-    mask: &'a Mask,
-    worker: Worker<'a>,
-    job: &'a Job,
-    scratch: &'a mut Scratch<W>,
+pub(super) struct Combine<'a, W> {
+    pub(super) mask: &'a Mask,
+    pub(super) worker: Worker<'a>,
+    pub(super) job: &'a Job,
+    pub(super) scratch: &'a mut Scratch<W>,
     /// Where the block begins.
-    block: u64,
+    pub(super) block: u64,
     solved: &'a [f64],
 }
 

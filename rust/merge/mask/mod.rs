@@ -5,6 +5,7 @@
 //! [`kernel::dot`](crate::simd::kernel::dot). Random choices are a function of seed, tensor name, model index and element index.
 
 mod combine;
+mod foresight;
 mod rows;
 mod search;
 mod sums;
@@ -96,6 +97,8 @@ pub(super) struct Mask {
     /// Which input a search is over.
     over: Vec<usize>,
     order: Order,
+    /// Blocks whose foreseen output is not what it should be, once that is known.
+    mistaken: OnceLock<Vec<Range<u64>>>,
     sampling: Mutex<()>,
     /// Sums of each block.
     sums: Mutex<Vec<Vec<f64>>>,
@@ -285,6 +288,7 @@ impl Mask {
             searches,
             over,
             order,
+            mistaken: OnceLock::new(),
             sampling: Mutex::default(),
             sums: Mutex::default(),
             solved: OnceLock::new(),

@@ -14,6 +14,7 @@ use super::super::gram::micros;
 use super::super::method::Worker;
 use super::super::points::{Opened, Points};
 use super::super::prepare::Job;
+use super::foresight::close;
 use super::{Bound, Mask, Rule, Scratch};
 
 /// Elements whose windows fit the second-level cache together, for what is read once.
@@ -100,13 +101,7 @@ impl Mask {
         tile: &Tile,
         scratch: &mut Scratch<W>,
     ) -> Result<()> {
-        let mut passes: Vec<_> = self.searches.iter().map(Search::pass).collect();
-        for i in 1..passes.len() {
-            let known = |p: &Arc<Pass>| passes[..i].iter().flatten().any(|other| Arc::ptr_eq(p, other));
-            if passes[i].as_ref().is_some_and(known) {
-                passes[i] = None;
-            }
-        }
+        let passes = self.passes();
         if passes.iter().all(Option::is_none) {
             return Ok(());
         }
@@ -115,13 +110,21 @@ impl Mask {
                 let window = at..(at + WINDOW).min(range.end);
                 self.count_window(worker, job, window, &passes, scratch)?;
             }
-            for (pass, tally) in passes.iter().zip(&mut scratch.tallies) {
-                if let Some(pass) = pass {
-                    pass.close(block, tally);
-                }
-            }
+            close(&passes, block, scratch);
         }
         Ok(())
+    }
+
+    /// The pass that each search has to make; what several share, once.
+    pub(super) fn passes(&self) -> Vec<Option<Arc<Pass>>> {
+        let mut passes: Vec<_> = self.searches.iter().map(Search::pass).collect();
+        for i in 1..passes.len() {
+            let known = |p: &Arc<Pass>| passes[..i].iter().flatten().any(|other| Arc::ptr_eq(p, other));
+            if passes[i].as_ref().is_some_and(known) {
+                passes[i] = None;
+            }
+        }
+        passes
     }
 
     fn count_window<W: Work>(
@@ -133,8 +136,20 @@ impl Mask {
         scratch: &mut Scratch<W>,
     ) -> Result<()> {
         let mut opened = Opened::new(worker.level, job, &window, worker.pool)?;
-        let mut points = opened.points();
-        let direct = self.is_direct(&points, &window) && passes.iter().flatten().all(|pass| pass.is_plain());
+        self.count_elements(worker, job, &mut opened.points(), window, passes, scratch)
+    }
+
+    /// Counts some elements for every pass.
+    pub(super) fn count_elements<W: Work>(
+        &self,
+        worker: Worker<'_>,
+        job: &Job,
+        points: &mut Points<'_, '_, W>,
+        window: Range<u64>,
+        passes: &[Option<Arc<Pass>>],
+        scratch: &mut Scratch<W>,
+    ) -> Result<()> {
+        let direct = self.is_direct(points, &window) && passes.iter().flatten().all(|pass| pass.is_plain());
         if direct {
             for elements in micros(window) {
                 let mut finite = true;
@@ -149,7 +164,7 @@ impl Mask {
             return Ok(());
         }
         for elements in points.spans(&window) {
-            let finite = self.values(&mut points, &mut scratch.lanes, 0, &elements)?;
+            let finite = self.values(points, &mut scratch.lanes, 0, &elements)?;
             worker.check::<W>(job, finite, &elements)?;
             let n = (elements.end - elements.start) as usize;
             for ((pass, tally), &input) in passes.iter().zip(&mut scratch.tallies).zip(&self.over) {
