@@ -279,10 +279,8 @@ fn what_would_not_fit_if_the_sample_were_right_is_no_error() {
     };
     let (base, own): (Vec<f64>, Vec<f64>) = (0..n).map(pair).unzip();
     let far = (0..n).filter(|&i| pair(i).1 == 30_000.0).count() as f64;
-    let models = Models::new(vec![
-        vec![Tensor::floats("w", Dtype::F16, base)],
-        vec![Tensor::floats("w", Dtype::F16, own)],
-    ]);
+    let models =
+        Models::new(vec![vec![Tensor::floats("w", Dtype::F16, base)], vec![Tensor::floats("w", Dtype::F16, own)]]);
     let method = json!({"kind": "ties", "density": [(far + 0.5) / n as f64], "lambda": 2.0});
     let found = models.merge(&method, true, 1, how(2, 64 * MIB));
     for i in 0..n {

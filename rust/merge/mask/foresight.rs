@@ -102,10 +102,9 @@ impl Mask {
                 (None, Some(guess)) => {
                     Bound { key: guess.key, at: if block < self.expected_end(search) { u64::MAX } else { 0 } }
                 }
-                (found, _) => Bound {
-                    key: found.map_or(0, |found| found.key),
-                    at: self.order.cut(i).unwrap_or(u64::MAX),
-                },
+                (found, _) => {
+                    Bound { key: found.map_or(0, |found| found.key), at: self.order.cut(i).unwrap_or(u64::MAX) }
+                }
             });
         }
     }
