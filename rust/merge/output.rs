@@ -144,7 +144,7 @@ pub fn apply(plan: &ApplyPlan, operands: Operands<'_>, control: &Control) -> Res
 
     // Syncing a shard waits for the disk; the workers go on with the next one.
     let (whole, to_finish) = std::sync::mpsc::channel();
-    let lanes = lanes(&jobs);
+    let lanes = lanes(&jobs, plan.settings.threads());
     let visits = visits(&todo.iter().map(|j| (j.stages(), j.shard % lanes)).collect::<Vec<_>>());
     let lengths = visits.iter().map(|v| todo[v.tensor].elements).collect();
     let lane = |visit: usize| todo[visits[visit].tensor].shard % lanes;

@@ -337,10 +337,11 @@ fn prepare_tensor(plan: &TensorPlan, shard: usize, offset: u64, operands: Operan
 
 /// Shards that are under way at a time: systems let one write into a file at a time, and two workers in one shard wait for each other.
 ///
-/// Fewer where a tensor keeps something from stage to stage, and one where that is as large as the tensor.
-pub(super) fn lanes(jobs: &[Job]) -> usize {
+/// Fewer where a tensor keeps something from stage to stage, and one where that is as large as the tensor, or where nobody waits.
+pub(super) fn lanes(jobs: &[Job], threads: usize) -> usize {
     let methods = || jobs.iter().filter_map(|j| j.method.as_ref());
     match methods().next() {
+        _ if threads == 1 => 1,
         None => 4,
         Some(_) if methods().any(|m| matches!(m, Method::Spectral(_))) => 1,
         Some(_) => 2,
@@ -355,7 +356,7 @@ pub(super) fn share_budget(jobs: &[Job], settings: &Settings) -> Budget {
     let stages = jobs.iter().map(Job::stages).max().unwrap_or(1);
     let mut shared: Vec<u64> = jobs.iter().map(Job::shared_memory).collect();
     shared.sort_unstable_by(|a, b| b.cmp(a));
-    let shared: u64 = shared.iter().take(stages * lanes(jobs)).sum();
+    let shared: u64 = shared.iter().take(stages * lanes(jobs, settings.threads())).sum();
     let limit = settings.memory_budget.saturating_sub(shared);
     let budget = Budget::share(limit, settings.threads(), fixed, per_block.max(1));
     Budget { bytes: budget.bytes + shared, ..budget }
