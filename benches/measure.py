@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from statistics import median
 
 _SAMPLE_SECONDS = 0.002
@@ -34,13 +35,12 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of every turn, taken round by round, so that a disturbance hits them all alike.
 
-    A turn takes part in the first `rounds[name]` rounds. Each round starts with another turn, so
-    that none always follows the same one.
+    A turn takes part in the first `rounds[name]` rounds. Each round has an order of its own, the
+    same in every run, because what a turn leaves behind in memory is paid by the one after it.
     """
     seconds: dict[str, list[float]] = {turn.name: [] for turn in turns}
     for number in range(max((rounds[turn.name] for turn in turns), default=0)):
-        first = number % len(turns)
-        for turn in (*turns[first:], *turns[:first]):
+        for turn in Random(number).sample(turns, len(turns)):
             if number < rounds[turn.name]:
                 report(f"round {number + 1}: {turn.name}")
                 seconds[turn.name].append(timed(turn))
