@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -16,7 +17,7 @@ from statistics import median
 
 _SAMPLE_SECONDS = 0.002
 _READ_BYTES = 8 << 20
-_TOUCHED_BYTES = 4 << 30
+_HELD_BYTES = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,15 @@ def in_turns(
 def timed(turn: Turn) -> float:
     """Wall seconds of one run, with inputs in the page cache and no earlier output to write.
 
-    A virtual machine hands memory that stays free back to its host, and writing to it later costs
-    several times as much; so the free memory that an output will take is touched first. What takes
-    long comes before the inputs are read, because a machine may also take back what lies unused.
+    A virtual machine hands memory that stays free back to its host within a second, and the first
+    use of it afterwards costs many times as much; so memory for the output is touched first and
+    held until the command starts. What takes long comes before the inputs are read, because a
+    machine may also take back a page cache that lies unused.
     """
     _remove(turn.output)
     os.sync()
-    _warm(turn.inputs)
-    _touch_free_memory()
+    with _held_memory():
+        _warm(turn.inputs)
     start = time.perf_counter()
     run(turn.command, turn.environment)
     return time.perf_counter() - start
@@ -145,13 +147,15 @@ def _warm(folders: Sequence[Path]) -> None:
                     pass
 
 
-def _touch_free_memory() -> None:
-    """Takes more memory than any output here, touches every page, and gives it back."""
-    with mmap.mmap(-1, _TOUCHED_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+@contextmanager
+def _held_memory() -> Iterator[None]:
+    """Holds more memory than any output here takes, every page of it touched."""
+    with mmap.mmap(-1, _HELD_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
-        for at in range(0, _TOUCHED_BYTES, mmap.PAGESIZE):
+        for at in range(0, _HELD_BYTES, mmap.PAGESIZE):
             memory[at] = 1
+        yield
 
 
 def _remove(folder: Path) -> None:
