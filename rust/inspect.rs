@@ -132,7 +132,7 @@ pub fn measure(plan: &MeasurePlan, operands: Operands<'_>, control: &Control) ->
     let lengths: Vec<u64> = lengths.collect();
     let total = lengths.iter().sum::<u64>().max(1);
     let grid = Grid::new(lengths, 1);
-    let budget = Budget::share(plan.settings.memory_budget, plan.settings.threads(), 0, per_block.max(1));
+    let budget = Budget::share(plan.settings.memory_budget, plan.settings.threads(), 0, per_block.max(1), 1);
     let results: Vec<Mutex<Vec<Option<Measured>>>> =
         (0..jobs.len()).map(|i| Mutex::new(vec![None; grid.tiles_of(i)])).collect();
     control.expect(bytes);
@@ -315,7 +315,7 @@ pub fn digests(
 ) -> Result<Vec<Option<String>>> {
     let read = tensors.iter().any(|t| t.map().windows_are_read());
     let per_block = if read { BLOCK * 8 } else { 1 };
-    let budget = Budget::share(settings.memory_budget, settings.threads(), 0, per_block);
+    let budget = Budget::share(settings.memory_budget, settings.threads(), 0, per_block, 1);
     let grid = Grid::new(tensors.iter().map(|t| t.elements()).collect(), budget.blocks_per_tile);
     let slots: Vec<Mutex<Vec<BlockHash>>> =
         tensors.iter().map(|t| Mutex::new(vec![[0; 32]; t.elements().div_ceil(BLOCK) as usize])).collect();
@@ -409,7 +409,7 @@ pub fn diff(
         pairs.push((x, y));
     }
     let grid = Grid::new(pairs.iter().map(|(x, _)| x.elements()).collect(), 1);
-    let budget = Budget::share(settings.memory_budget, settings.threads(), 0, BLOCK * 16);
+    let budget = Budget::share(settings.memory_budget, settings.threads(), 0, BLOCK * 16, 1);
     let counts: Vec<Mutex<(u64, Option<u64>)>> = pairs.iter().map(|_| Mutex::new((0, None))).collect();
     control.expect(pairs.iter().map(|(x, _)| 2 * (x.entry.end - x.entry.begin)).sum());
     pass::run(

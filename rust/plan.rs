@@ -385,7 +385,7 @@ pub fn scale_noise(
         .iter()
         .map(|n| Term { coefficient: 1.0, placement: n.term.placement.clone(), substitute: None })
         .collect();
-    let budget = Budget::share(settings.memory_budget, settings.threads(), BLOCK * 16, BLOCK * 8);
+    let budget = Budget::share(settings.memory_budget, settings.threads(), BLOCK * 16, BLOCK * 8, 1);
     pass::run(
         &grid,
         budget.threads,

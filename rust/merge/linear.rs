@@ -37,6 +37,23 @@ pub(super) struct TileResult {
     pub(super) rounding: Vec<Rounding>,
 }
 
+impl TileResult {
+    /// What is to be joined from the blocks of a tile.
+    pub(super) fn of(job: &Job, tile: &Tile) -> Self {
+        let first_block = (tile.elements.start / BLOCK) as usize;
+        Self { first_block, inputs: vec![Vec::new(); job.inputs.len()], ..Self::default() }
+    }
+
+    /// Takes in what the next block has to say.
+    pub(super) fn join(&mut self, next: Self) {
+        self.out.extend(next.out);
+        for (into, from) in self.inputs.iter_mut().zip(next.inputs) {
+            into.extend(from);
+        }
+        self.rounding.extend(next.rounding);
+    }
+}
+
 /// Copies a tile inside the kernel, and reads it for its digest.
 pub(super) fn copy_tile(how: &How, job: &Job, tile: &Tile, writer: &Writer, pool: &Pool) -> Result<TileResult> {
     let Some((_, target)) = &job.target else { return Err(Error::mismatch(&job.name, "nothing to copy")) };
@@ -82,12 +99,7 @@ pub(super) fn combine_tile<O: Element, W: Work>(
     }
     let span = if job.by_block { BLOCK } else { MICRO as u64 };
     acc.resize(span as usize, W::ZERO);
-    let mut result = TileResult {
-        first_block: (tile.elements.start / BLOCK) as usize,
-        out: Vec::new(),
-        inputs: vec![Vec::new(); job.inputs.len()],
-        rounding: Vec::new(),
-    };
+    let mut result = TileResult::of(job, tile);
     let (mut wide_target, mut change) = ([W::ZERO; MICRO], [W::ZERO; MICRO]);
     for (block, range) in tile.blocks() {
         update.begin(&mut points(job, level, &target, tile, &mut readers), range.clone())?;

@@ -13,6 +13,7 @@ use crate::simd::Level;
 use crate::simd::dispatch::{Rounding, with_element};
 use crate::store::Algorithm;
 use crate::store::TensorView;
+use crate::store::buffer::Buffer;
 use crate::store::digest::BlockHash;
 use crate::store::journal::Journal;
 use crate::store::map::{FileMap, Pool};
@@ -77,7 +78,7 @@ struct Desk {
 
 /// A tile that is to be written.
 struct Ready {
-    bytes: Vec<u8>,
+    bytes: Buffer,
     writer: std::sync::Arc<Writer>,
     offset: u64,
     /// Which of the visits it is of.
@@ -157,7 +158,7 @@ pub fn apply(plan: &ApplyPlan, operands: Operands<'_>, control: &Control) -> Res
         how: How { level: Level::current()?, digest: plan.digest, allow_nonfinite: plan.allow_nonfinite },
         control,
         threads: budget.threads,
-        spare: Mutex::new((1..budget.threads).map(|_| Vec::new()).collect()),
+        spare: Mutex::new((1..budget.threads).map(|_| Buffer::default()).collect()),
         gathered: todo.iter().map(|_| Mutex::new(None)).collect(),
         foresees: todo.iter().map(|_| OnceLock::new()).collect(),
         record: Record::default(),
@@ -273,7 +274,7 @@ fn still_true(lines: Vec<Done>, plan: &ApplyPlan, jobs: &[Job], control: &Contro
 #[derive(Default)]
 struct Scratch {
     pool: Pool,
-    out: Vec<u8>,
+    out: Buffer,
     corrections: Vec<(u32, f64)>,
     single: Buffers<f32>,
     double: Buffers<f64>,
@@ -292,7 +293,7 @@ struct Run<'a> {
     control: &'a Control,
     threads: usize,
     /// Buffers for workers whose tiles wait to be written.
-    spare: Mutex<Vec<Vec<u8>>>,
+    spare: Mutex<Vec<Buffer>>,
     jobs: &'a [&'a Job],
     gathered: Vec<Mutex<Option<Gathered>>>,
     /// Whether the output of a tensor is made while it is measured.
@@ -336,21 +337,24 @@ impl Run<'_> {
         let Some(method) = job.method.as_ref().filter(|m| visit.stage < m.measures()) else {
             return self.combine(scratch, tile);
         };
-        // One block: what it has counted can be forgotten.
-        if tile.elements.end - tile.elements.start <= BLOCK
-            && let Some(mask) = method.foresight(visit.stage)
+        let mut unseen = tile.elements.start;
+        if let Some(mask) = method.foresight(visit.stage)
             && *self.foresees[visit.tensor].get_or_init(|| self.record.is_good())
-            && self.foresee(scratch, mask, tile)?
         {
-            return Ok(());
+            unseen = self.foresee(scratch, mask, tile)?;
+            if unseen == tile.elements.end {
+                return Ok(());
+            }
         }
         if !method.skips(visit.stage) {
             let Scratch { pool, single, double, .. } = scratch;
             let worker = self.worker(pool);
-            if job.double {
-                measure(method, visit.stage, worker, job, tile, double)?;
-            } else {
-                measure(method, visit.stage, worker, job, tile, single)?;
+            for block in tile.split().filter(|block| block.elements.start >= unseen) {
+                if job.double {
+                    measure(method, visit.stage, worker, job, &block, double)?;
+                } else {
+                    measure(method, visit.stage, worker, job, &block, single)?;
+                }
             }
         }
         self.measured(tile.tensor)?;
@@ -374,27 +378,30 @@ impl Run<'_> {
             && let Some(mistaken) = method.look_back()
         {
             self.record.mistaken.fetch_add(mistaken, Ordering::Relaxed);
-            self.record.foreseen.fetch_add(self.grid.tiles_of(number) as u64, Ordering::Relaxed);
+            self.record.foreseen.fetch_add(self.jobs[visit.tensor].elements.div_ceil(BLOCK), Ordering::Relaxed);
         }
         self.gates.open(visit);
         Ok(())
     }
 
-    /// Measures a tile, and makes the output that is to be expected. `false` if that cannot be, and nothing was measured.
-    fn foresee(&self, scratch: &mut Scratch, mask: &Mask, tile: &Tile) -> Result<bool> {
+    /// Measures a tile, and makes the output that is to be expected. Where that cannot be, nothing is written: the first element that was not
+    /// measured.
+    fn foresee(&self, scratch: &mut Scratch, mask: &Mask, tile: &Tile) -> Result<u64> {
         let job = self.jobs[self.visits[tile.tensor].tensor];
-        let result = match self.make(scratch, job, Some(mask), tile) {
-            Err(Error::NonFinite { .. }) => {
+        match self.make(scratch, job, Some(mask), tile) {
+            Ok(result) => {
+                self.hand_in(scratch, job, tile, result)?;
+                self.control.advance(share(job, tile, job.bytes_read()));
+                Ok(tile.elements.end)
+            }
+            Err(Unmade { from, error: Error::NonFinite { .. } }) => {
                 // Perhaps only because something else was expected.
                 mask.forget(&mut scratch.single.method);
                 mask.forget(&mut scratch.double.method);
-                return Ok(false);
+                Ok(from)
             }
-            result => result?,
-        };
-        self.hand_in(scratch, job, tile, result)?;
-        self.control.advance(share(job, tile, job.bytes_read()));
-        Ok(true)
+            Err(Unmade { error, .. }) => Err(error),
+        }
     }
 
     fn worker<'w>(&'w self, pool: &'w Pool) -> Worker<'w> {
@@ -406,15 +413,14 @@ impl Run<'_> {
 
     fn combine(&self, scratch: &mut Scratch, tile: &Tile) -> Result<()> {
         let job = self.jobs[self.visits[tile.tensor].tensor];
-        let stands = |method: &Method| tile.blocks().all(|(block, _)| method.stands(block));
         if job.is_copy() {
             let result = copy_tile(&self.how, job, tile, &*self.writer(job)?, &scratch.pool)?;
             self.gather(tile.tensor, result)?;
-        } else if job.method.as_ref().is_some_and(stands) {
-            self.gather(tile.tensor, TileResult::default())?;
+        } else if let Some(tile) = left_to_make(job, tile) {
+            let result = self.make(scratch, job, None, &tile).map_err(|unmade| unmade.error)?;
+            self.hand_in(scratch, job, &tile, result)?;
         } else {
-            let result = self.make(scratch, job, None, tile)?;
-            self.hand_in(scratch, job, tile, result)?;
+            self.gather(tile.tensor, TileResult::default())?;
         }
         self.control.advance(share(job, tile, job.bytes_read()) + share(job, tile, job.bytes_written()));
         Ok(())
@@ -425,16 +431,32 @@ impl Run<'_> {
         writer.ok_or_else(|| Error::mismatch(&job.name, "its shard was closed too early; please report this"))
     }
 
-    /// Makes a tile of the output; the one that is to be expected, if that is foreseen.
-    fn make(&self, scratch: &mut Scratch, job: &Job, foreseen: Option<&Mask>, tile: &Tile) -> Result<TileResult> {
+    /// Makes a tile of the output, block by block; the one that is to be expected, if that is foreseen.
+    fn make(
+        &self,
+        scratch: &mut Scratch,
+        job: &Job,
+        foreseen: Option<&Mask>,
+        tile: &Tile,
+    ) -> std::result::Result<TileResult, Unmade> {
         let Scratch { pool, out, single, double, corrections } = scratch;
-        out.resize((tile.elements.end - tile.elements.start) as usize * job.dtype.size(), 0);
+        let size = job.dtype.size();
+        let length = (tile.elements.end - tile.elements.start) as usize * size;
+        let mut out = out.fit(length, job.offset + tile.elements.start * size as u64);
         let worker = self.worker(pool);
-        with_element!(job.dtype, O => if job.double {
-            with_update(job, worker, &mut double.method, foreseen, &mut |update| combine_tile::<O, f64>(&self.how, job, tile, pool, out, &mut double.update, corrections, update))
-        } else {
-            with_update(job, worker, &mut single.method, foreseen, &mut |update| combine_tile::<O, f32>(&self.how, job, tile, pool, out, &mut single.update, corrections, update))
-        })
+        let mut whole = TileResult::of(job, tile);
+        for tile in tile.split() {
+            let elements = (tile.elements.end - tile.elements.start) as usize;
+            let (here, rest) = out.split_at_mut(elements * size);
+            out = rest;
+            let made = with_element!(job.dtype, O => if job.double {
+                with_update(job, worker, &mut double.method, foreseen, &mut |update| combine_tile::<O, f64>(&self.how, job, &tile, pool, here, &mut double.update, corrections, update))
+            } else {
+                with_update(job, worker, &mut single.method, foreseen, &mut |update| combine_tile::<O, f32>(&self.how, job, &tile, pool, here, &mut single.update, corrections, update))
+            });
+            whole.join(made.map_err(|error| Unmade { from: tile.elements.start, error })?);
+        }
+        Ok(whole)
     }
 
     /// Writes a tile that was made, and those that come to wait meanwhile; or leaves it to whoever is writing.
@@ -472,7 +494,7 @@ impl Run<'_> {
     }
 
     /// Writes a tile and takes in what it says; its buffer.
-    fn write(&self, ready: Ready) -> Result<Vec<u8>> {
+    fn write(&self, ready: Ready) -> Result<Buffer> {
         let Ready { bytes, writer, offset, visit, result } = ready;
         writer.write_at(&bytes, offset)?;
         drop(writer);
@@ -543,6 +565,25 @@ impl Run<'_> {
             hand_over(&self.whole, job.shard);
         }
         Ok(())
+    }
+}
+
+/// A tile that could not be made, from its first block that could not on.
+struct Unmade {
+    from: u64,
+    error: Error,
+}
+
+/// The blocks of a tile that were not foreseen as they are.
+fn left_to_make(job: &Job, tile: &Tile) -> Option<Tile> {
+    let stands = |block: u64| job.method.as_ref().is_some_and(|method| method.stands(block));
+    let mut left = tile.blocks().filter(|&(block, _)| !stands(block)).map(|(_, elements)| elements);
+    match left.next() {
+        Some(first) => {
+            let end = left.last().map_or(first.end, |last| last.end);
+            Some(Tile { tensor: tile.tensor, elements: first.start..end })
+        }
+        None => (tile.elements.is_empty() && job.method.is_none()).then(|| tile.clone()),
     }
 }
 

@@ -16,6 +16,7 @@ use std::sync::Arc;
 #[cfg(target_os = "linux")]
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::buffer::Buffer;
 use crate::{Error, Result};
 
 /// A file opened for reading, and perhaps mapped.
@@ -35,8 +36,8 @@ pub struct FileMap {
 /// differences take from is read once.
 #[derive(Debug, Default)]
 pub struct Pool {
-    free: RefCell<Vec<Vec<u8>>>,
-    open: RefCell<Vec<(Place, Arc<Vec<u8>>)>>,
+    free: RefCell<Vec<Buffer>>,
+    open: RefCell<Vec<(Place, Arc<Buffer>)>>,
 }
 
 /// A file, by where its [`FileMap`] is as long as windows borrow it, and a range of it.
@@ -53,11 +54,13 @@ pub struct Window<'a>(Held<'a>);
 #[derive(Debug)]
 enum Held<'a> {
     #[cfg(target_os = "linux")]
-    Mapped { bytes: &'a [u8], owner: &'a FileMap, start: u64 },
+    Mapped {
+        bytes: &'a [u8],
+        owner: &'a FileMap,
+        start: u64,
+    },
     Read {
-        bytes: Arc<Vec<u8>>,
-        /// The buffer may be longer.
-        len: usize,
+        bytes: Arc<Buffer>,
         pool: &'a Pool,
     },
 }
@@ -179,12 +182,12 @@ impl FileMap {
         let bytes = match pool.shared(&place) {
             Some(bytes) => bytes,
             None => {
-                let mut bytes = pool.take(len);
-                self.read_at(&mut bytes[..len], place.1.start)?;
+                let mut bytes = pool.free.borrow_mut().pop().unwrap_or_default();
+                self.read_at(bytes.fit(len, place.1.start), place.1.start)?;
                 pool.share(place, bytes)
             }
         };
-        Ok(Window(Held::Read { bytes, len, pool }))
+        Ok(Window(Held::Read { bytes, pool }))
     }
 
     /// Asks the system to start reading some bytes, without waiting; but not where the page cache has had everything of late, because
@@ -257,26 +260,19 @@ fn read_exact_at(file: &File, mut into: &mut [u8], mut offset: u64) -> std::io::
 }
 
 impl Pool {
-    /// A buffer of at least a length. It never shrinks, so that it is not filled up with zeros again after each small tensor.
-    fn take(&self, len: usize) -> Vec<u8> {
-        let mut bytes = self.free.borrow_mut().pop().unwrap_or_default();
-        bytes.resize(len.max(bytes.len()), 0);
-        bytes
-    }
-
     /// The bytes of an open window.
-    fn shared(&self, place: &Place) -> Option<Arc<Vec<u8>>> {
+    fn shared(&self, place: &Place) -> Option<Arc<Buffer>> {
         self.open.borrow().iter().find(|(open, _)| open == place).map(|(_, bytes)| bytes.clone())
     }
 
-    fn share(&self, place: Place, bytes: Vec<u8>) -> Arc<Vec<u8>> {
+    fn share(&self, place: Place, bytes: Buffer) -> Arc<Buffer> {
         let bytes = Arc::new(bytes);
         self.open.borrow_mut().push((place, bytes.clone()));
         bytes
     }
 
     /// Takes back the bytes of a window, once no other one is over them.
-    fn give(&self, bytes: &mut Arc<Vec<u8>>) {
+    fn give(&self, bytes: &mut Arc<Buffer>) {
         if Arc::strong_count(bytes) > 2 {
             return;
         }
@@ -293,7 +289,7 @@ impl Deref for Window<'_> {
         match &self.0 {
             #[cfg(target_os = "linux")]
             Held::Mapped { bytes, .. } => bytes,
-            Held::Read { bytes, len, .. } => &bytes[..*len],
+            Held::Read { bytes, .. } => bytes,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Bytes on disk: read-only windows, headers, checkpoints; pre-laid-out writers, journals and digests.
 
+pub mod buffer;
 pub mod checkpoint;
 pub mod digest;
 pub mod header;

@@ -100,6 +100,13 @@ impl Grid {
 }
 
 impl Tile {
+    /// Its blocks, as tiles; one that is empty if it is.
+    pub fn split(&self) -> impl Iterator<Item = Tile> + use<> {
+        let Self { tensor, elements: Range { start, end } } = *self;
+        let blocks = (end - start).div_ceil(BLOCK).max(1);
+        (0..blocks).map(move |b| start + b * BLOCK).map(move |at| Tile { tensor, elements: at..(at + BLOCK).min(end) })
+    }
+
     /// Its blocks, as (number, elements).
     pub fn blocks(&self) -> impl Iterator<Item = (u64, Range<u64>)> + use<> {
         let (start, end) = (self.elements.start, self.elements.end);

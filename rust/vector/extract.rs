@@ -203,7 +203,7 @@ pub fn extract(plan: &ExtractPlan, operands: Operands<'_>, control: &Control) ->
     let per_block = jobs.iter().map(block_memory).max().unwrap_or(1);
     // Scratch, the sample, and of bitmap and values what grows and what is being written.
     let fixed = (MICRO * 28) as u64 + (1 << 16) * 5 + 4 * RUN as u64;
-    let budget = Budget::share(plan.settings.memory_budget, plan.settings.threads(), fixed, per_block);
+    let budget = Budget::share(plan.settings.memory_budget, plan.settings.threads(), fixed, per_block, 1);
     let run = Run {
         plan,
         level,
