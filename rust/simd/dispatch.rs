@@ -40,8 +40,8 @@ macro_rules! stamp {
     };
 }
 
-/// [`kernel::pick`] at a level: with the instructions for bits, but without wide vectors, with which compilers gather what is quicker moved
-/// one by one (twice the time).
+/// [`kernel::pick`] at a level: processors with AVX-512 move what a mask picks; on others with the instructions for bits, but without wide
+/// vectors, with which compilers gather what is quicker moved one by one (twice the time).
 #[allow(unsafe_code)]
 #[inline]
 pub fn pick<W: Work>(level: Level, into: &mut [W], bits: &[u8], x: &[W]) -> usize {
@@ -49,7 +49,28 @@ pub fn pick<W: Work>(level: Level, into: &mut [W], bits: &[u8], x: &[W]) -> usiz
     {
         #[target_feature(enable = "bmi1,bmi2,lzcnt,popcnt")]
         fn scalar<W: Work>(into: &mut [W], bits: &[u8], x: &[W]) -> usize {
-            kernel::pick(into, bits, x)
+            kernel::pick(into, bits, x, kernel::pick_word)
+        }
+        #[target_feature(enable = "avx512f,popcnt")]
+        fn avx512<W: Work>(into: &mut [W], bits: &[u8], x: &[W]) -> usize {
+            use std::arch::x86_64::{_mm512_loadu_ps, _mm512_maskz_compress_ps, _mm512_storeu_ps};
+            kernel::pick(into, bits, x, |into, word, x| {
+                let mut at = 0;
+                for (i, x) in x.as_chunks::<16>().0.iter().enumerate() {
+                    let mask = (word >> (16 * i)) as u16;
+                    // SAFETY: sixteen elements of four bytes, see below.
+                    let picked = _mm512_maskz_compress_ps(mask, unsafe { _mm512_loadu_ps(x.as_ptr().cast()) });
+                    // SAFETY: `at` is at most 16 i, so sixteen of the 64 elements are left.
+                    unsafe { _mm512_storeu_ps(into.as_mut_ptr().add(at).cast(), picked) };
+                    at += mask.count_ones() as usize;
+                }
+                at
+            })
+        }
+        // The only `Work` of four bytes is f32.
+        if size_of::<W>() == 4 && level.set() == Set::Avx512 {
+            // SAFETY: a `Level` of this set exists only after every feature named above was detected.
+            return unsafe { avx512(into, bits, x) };
         }
         if level.set() != Set::Portable {
             // SAFETY: a `Level` of another set exists only after every feature named above was detected.
@@ -57,7 +78,7 @@ pub fn pick<W: Work>(level: Level, into: &mut [W], bits: &[u8], x: &[W]) -> usiz
         }
     }
     let _ = level;
-    kernel::pick(into, bits, x)
+    kernel::pick(into, bits, x, kernel::pick_word)
 }
 
 /// [`kernel::flag`] at a level: processors compare into bits, and compilers do not find that (a tenth of the time).

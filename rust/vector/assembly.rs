@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::encode::{Codec, Packed};
 use super::format::{Encoding, Part, Row, STEM};
@@ -48,6 +48,22 @@ pub struct Assembly<'a> {
     full: Vec<Shard>,
     current: Option<Current<'a>>,
     rows: Vec<Row>,
+    spare: Spare,
+}
+
+/// Memory of runs that are written: systems take long to hand out as much anew.
+#[derive(Default, Clone)]
+struct Spare(Arc<Mutex<Vec<Vec<u8>>>>);
+
+impl Spare {
+    fn take(&self) -> Vec<u8> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+
+    fn give(&self, mut run: Vec<u8>) {
+        run.clear();
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(run);
+    }
 }
 
 struct Shard {
@@ -65,6 +81,7 @@ pub const RUN: usize = 1 << 19;
 pub struct Pending {
     writer: Arc<Writer>,
     runs: Vec<(u64, Vec<u8>)>,
+    spare: Spare,
 }
 
 impl Pending {
@@ -73,7 +90,11 @@ impl Pending {
     /// # Errors
     /// [`Error::Io`].
     pub fn write(self) -> Result<()> {
-        self.runs.iter().try_for_each(|(at, bytes)| self.writer.write_at(bytes, *at))
+        for (at, bytes) in self.runs {
+            self.writer.write_at(&bytes, at)?;
+            self.spare.give(bytes);
+        }
+        Ok(())
     }
 }
 
@@ -87,8 +108,8 @@ struct Growing {
 }
 
 impl Growing {
-    fn new(digest: Stream, at: u64) -> Self {
-        Self { digest, at, run: Vec::new() }
+    fn new(digest: Stream, at: u64, spare: &Spare) -> Self {
+        Self { digest, at, run: spare.take() }
     }
 
     fn push(&mut self, bytes: &[u8]) {
@@ -98,9 +119,10 @@ impl Growing {
     }
 
     /// What there is to write, once it is long enough, or the last.
-    fn take(&mut self, last: bool) -> Option<(u64, Vec<u8>)> {
+    fn take(&mut self, last: bool, spare: &Spare) -> Option<(u64, Vec<u8>)> {
         let due = self.run.len() >= RUN || (last && !self.run.is_empty());
-        due.then(|| (self.at - self.run.len() as u64, std::mem::take(&mut self.run)))
+        let next = || if last { Vec::new() } else { spare.take() };
+        due.then(|| (self.at - self.run.len() as u64, std::mem::replace(&mut self.run, next())))
     }
 }
 
@@ -155,6 +177,7 @@ impl<'a> Assembly<'a> {
             full: Vec::new(),
             current: None,
             rows: Vec::new(),
+            spare: Spare::default(),
         }
     }
 
@@ -178,10 +201,11 @@ impl<'a> Assembly<'a> {
         let bitmap_len = if dense { 0 } else { tensor.row.elements.div_ceil(64) * 8 };
         self.current = Some(Current {
             start,
-            bitmap: Growing::new(Stream::new(algorithm, 1), start),
+            bitmap: Growing::new(Stream::new(algorithm, 1), start, &self.spare),
             values: Growing::new(
                 Stream::new(algorithm, tensor.codec.value_size(tensor.double) as usize),
                 start + bitmap_len,
+                &self.spare,
             ),
             escapes: Spool::new(folder),
             wide_at: Spool::new(folder),
@@ -221,8 +245,9 @@ impl<'a> Assembly<'a> {
         c.tensor.row.moved += tile.moved;
         c.tensor.row.inexact += tile.inexact;
         c.long |= tile.long;
-        let runs: Vec<_> = [&mut c.bitmap, &mut c.values].into_iter().filter_map(|part| part.take(last)).collect();
-        let pending = Pending { writer: shard.writer.clone(), runs };
+        let runs: Vec<_> =
+            [&mut c.bitmap, &mut c.values].into_iter().filter_map(|part| part.take(last, &self.spare)).collect();
+        let pending = Pending { writer: shard.writer.clone(), runs, spare: self.spare.clone() };
         // At once: the values of a dense tensor, which are read again when it ends, and what may turn out to be a zero tensor, whose
         // place the next one takes.
         let dense = matches!(c.tensor.codec, Codec::Dense);

@@ -130,22 +130,32 @@ const LIKELY: usize = 12;
 /// Every word writes the same number of elements first, set or not, and the next one begins behind those that count: where a word ends is
 /// not to be guessed, and a wrong guess costs as much as ten elements.
 #[inline(always)]
-pub fn pick<W: Work>(into: &mut [W], bits: &[u8], x: &[W]) -> usize {
+pub fn pick<W: Work>(
+    into: &mut [W],
+    bits: &[u8],
+    x: &[W],
+    word: impl Fn(&mut [W; 64], u64, &[W; 64]) -> usize,
+) -> usize {
     let mut at = 0;
     let (whole, rest) = x.as_chunks::<64>();
     let (words, last) = bits.split_at(whole.len() * 8);
+    let mut pick = |bytes: &[u8; 8], x: &[W; 64]| {
+        if let Some(into) = into[at..].first_chunk_mut() {
+            at += word(into, u64::from_le_bytes(*bytes), x);
+        }
+    };
     for (bytes, x) in words.as_chunks::<8>().0.iter().zip(whole) {
-        at += pick_word(&mut into[at..], u64::from_le_bytes(*bytes), x);
+        pick(bytes, x);
     }
     if let (Some(bytes), false) = (last.first_chunk(), rest.is_empty()) {
-        at += pick_word(&mut into[at..], u64::from_le_bytes(*bytes), &filled(rest));
+        pick(bytes, &filled(rest));
     }
     at
 }
 
+/// [`pick`] for 64 elements.
 #[inline(always)]
-fn pick_word<W: Work>(into: &mut [W], mut word: u64, x: &[W; 64]) -> usize {
-    let Some(into) = into.first_chunk_mut::<64>() else { return 0 };
+pub fn pick_word<W: Work>(into: &mut [W; 64], mut word: u64, x: &[W; 64]) -> usize {
     let count = word.count_ones() as usize;
     let (likely, more) = into.split_at_mut(LIKELY);
     for o in likely {
