@@ -65,8 +65,8 @@ METHODS = {
         Method("dare_ties", _DENSE),
         Method("della", f"{_DENSE}, epsilon: 0.15"),
         Method("breadcrumbs", f"{_DENSE}, gamma: 0.01"),
-        Method("sce", _BOTH, "select_topk: 0.5"),
         Method("arcee_fusion", ""),
+        Method("sce", _BOTH, "select_topk: 0.5"),
     )
 }
 _PAIRS = ("slerp", "arcee_fusion")  # One model beside the base.
