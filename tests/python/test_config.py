@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from config_files import planned, write
 from models import NEW_TOKENS, make_models, tensors_of
 from safetensors.numpy import save_file
 
@@ -27,16 +28,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-
-
-def write(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "config.yml"
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def planned(tmp_path: Path, text: str) -> ApplyPlan:
-    return rv.read_config(write(tmp_path, text)).plan(tmp_path / "out")
 
 
 def coefficients(plan: ApplyPlan) -> dict[str, tuple[float, ...]]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from config_files import planned, write
 from models import make_models
 
 import reasonvec as rv
-from reasonvec.apply import ApplyPlan
 from reasonvec.cli.app import main
 from reasonvec.config import read_recipe
 
@@ -22,16 +22,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-
-
-def write(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "config.yml"
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def planned(tmp_path: Path, text: str) -> ApplyPlan:
-    return rv.read_config(write(tmp_path, text)).plan(tmp_path / "out")
 
 
 def messages(path: Path, *, strict: bool = False) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pytest
@@ -19,7 +19,19 @@ from reasonvec.errors import MismatchError
 from reasonvec.family import Family
 from reasonvec.lowrank import from_lora
 
+if TYPE_CHECKING:
+    import torch
+
 Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    from torch import Tensor, arange, no_grad
+
+    with no_grad():
+        found = model.eval()(arange(24)[None] * 7 % 96).logits
+    assert isinstance(found, Tensor)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -365,12 +377,6 @@ def test_peft_stacks_the_factors_of_experts(tmp_path: Path, family: str, rank: f
     if rank == 0.6:
         assert len(set(report.ranks.values())) > 1
 
-    def logits(model: torch.nn.Module) -> torch.Tensor:
-        with torch.no_grad():
-            found = model.eval()(torch.arange(24)[None] * 7 % 96).logits
-        assert isinstance(found, torch.Tensor)
-        return found
-
     load = transformers.AutoModelForCausalLM.from_pretrained
     plain = load(n, dtype=torch.float32)
     before = logits(plain)
@@ -460,12 +466,6 @@ def test_peft_computes_what_experts_in_one_tensor_compute(
     carried = {name for name in report.ranks if ".experts." in name}
     assert {name.rpartition(".")[2] for name in carried} == set(moved)
     assert carried <= plan.memory.keys()
-
-    def logits(model: torch.nn.Module) -> torch.Tensor:
-        with torch.no_grad():
-            found = model.eval()(torch.arange(24)[None] * 7 % 96).logits
-        assert isinstance(found, torch.Tensor)
-        return found
 
     load = transformers.AutoModelForCausalLM.from_pretrained
     plain = load(n, dtype=torch.float32)
