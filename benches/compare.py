@@ -55,7 +55,8 @@ taking turns. Times are of whole commands, the start of the interpreter included
 page cache; those called *synced* also wait for the disk (fsync), unlike mergekit and cp. Ratios are
 of medians, and in brackets the least and the greatest within one round. The roofline
 (benches/roofline.rs) reads and writes the same bytes and computes nothing. Memory is anonymous
-memory, of the process and its children together, at its greatest."""
+memory, of the process and its children together, at its greatest. Memory for the output
+is touched beforehand, and inputs stay mapped by the bench (benches/measure.py says why)."""
 
 
 class Bench:
