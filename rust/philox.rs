@@ -104,12 +104,24 @@ pub fn ln(u: f64) -> f64 {
         exponent += 1;
     }
     let s = (m - 1.0) / (m + 1.0);
+    exponent as f64 * std::f64::consts::LN_2 + 2.0 * s * artanh_series(s)
+}
+
+/// `ln(1 + v)` for a small number, which may be less than what 1 can keep of it.
+pub fn ln_1p(v: f64) -> f64 {
+    let s = v / (2.0 + v);
+    2.0 * s * artanh_series(s)
+}
+
+/// `artanh(s) / s` for magnitudes up to 0.172.
+#[inline(always)]
+fn artanh_series(s: f64) -> f64 {
     let z = s * s;
     let mut p = 1.0 / 19.0;
     for k in [17.0, 15.0, 13.0, 11.0, 9.0, 7.0, 5.0, 3.0, 1.0] {
         p = p * z + 1.0 / k;
     }
-    exponent as f64 * std::f64::consts::LN_2 + 2.0 * s * p
+    p
 }
 
 const SIN: [f64; 8] = [

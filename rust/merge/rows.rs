@@ -1,9 +1,9 @@
 //! What is computed of one whole row: ranks of magnitudes, and the divergence of two rows of logits.
 
 use crate::bf16::Work;
-use crate::philox::ln;
+use crate::philox::{ln, ln_1p};
 use crate::simd::Level;
-use crate::simd::dispatch::{self, MICRO};
+use crate::simd::dispatch::{self, LANES, MICRO, NEAR, join};
 use crate::stream::BLOCK;
 
 /// Rows shorter than this are sorted by comparison.
@@ -143,34 +143,38 @@ impl Ranks {
     }
 }
 
-/// The sum of `a * b` in the fixed order, beginning anew with the row.
-fn dot(level: Level, a: &[f64], b: &[f64]) -> f64 {
-    let block = |(a, b): (&[f64], &[f64])| {
-        a.chunks(MICRO).zip(b.chunks(MICRO)).fold(0.0, |sum, (a, b)| sum + dispatch::dot(level, a, b))
+/// `KL(softmax(y) || softmax(x))`, at least 0: with the largest elements `m_x` and `m_y`, `e_x = exp(x - m_x)` and `e_y = exp(y - m_y)`,
+/// `sum(e_y (y - x)) / sum(e_y) - ((m_y - m_x) + (ln sum(e_y) - ln sum(e_x)))`. Where all of `d = y - x` is near zero, that is a small difference of
+/// large numbers, and with `g = e_x (exp d - 1)` it is `sum((e_x + g) d) / (sum(e_x) + sum(g)) - ln(1 + sum(g) / sum(e_x))`. Sums are in the fixed order,
+/// beginning anew with the row.
+pub(super) fn divergence<W: Work>(level: Level, x: &[W], y: &[W]) -> f64 {
+    let (highest, farthest) = dispatch::reach(level, x, y);
+    let m_x = highest.to_f64();
+    let found = if farthest < W::from_f64(NEAR).magnitude() {
+        let [z, g, apart] = row_sums(x, y, |sums, x, y| dispatch::add_near_weights(level, sums, x, y, m_x));
+        apart / (z + g) - ln_1p(g / z)
+    } else {
+        let m_y = dispatch::highest(level, y).to_f64();
+        let [z_x, z_y, apart] = row_sums(x, y, |sums, x, y| dispatch::add_weights(level, sums, x, y, [m_x, m_y]));
+        apart / z_y - ((m_y - m_x) + (ln(z_y) - ln(z_x)))
     };
-    a.chunks(BLOCK as usize).zip(b.chunks(BLOCK as usize)).fold(0.0, |sum, pair| sum + block(pair))
-}
-
-/// `KL(softmax(y) || softmax(x))`, at least 0: with the largest elements `m_x` and `m_y` and `e_y = exp(y - m_y)`,
-/// `sum(e_y (y - x)) / sum(e_y) - ((m_y - m_x) + (ln sum(e_y) - ln sum(e_x)))`. The buffers are used up.
-pub(super) fn divergence(level: Level, x: &mut [f64], y: &mut [f64], apart: &mut Vec<f64>) -> f64 {
-    static ONES: [f64; MICRO] = [1.0; MICRO];
-    let (m_x, m_y) = (dispatch::highest(level, x), dispatch::highest(level, y));
-    let total = |v: &[f64]| {
-        v.chunks(BLOCK as usize).fold(0.0, |sum, block| {
-            sum + block.chunks(MICRO).fold(0.0, |sum, v| sum + dispatch::dot(level, v, &ONES[..v.len()]))
-        })
-    };
-    apart.resize(x.len(), 0.0);
-    dispatch::minus(level, apart, y, x);
-    for (v, m) in [(&mut *x, m_x), (&mut *y, m_y)] {
-        v.chunks_mut(MICRO).for_each(|v| dispatch::exp_less(level, v, m));
-    }
-    let (z_x, z_y) = (total(x), total(y));
-    let shift = (m_y - m_x) + (ln(z_y) - ln(z_x));
-    let found = dot(level, y, apart) / z_y - shift;
     // Not `max`, which would take a NaN for a zero.
     if found < 0.0 { 0.0 } else { found }
+}
+
+/// Sums over two rows, from what adds those of a MICRO to the lanes.
+fn row_sums<W: Work>(x: &[W], y: &[W], add: impl Fn(&mut [[f64; LANES]; 3], &[W], &[W])) -> [f64; 3] {
+    let mut sums = [0.0; 3];
+    for (x, y) in x.chunks(BLOCK as usize).zip(y.chunks(BLOCK as usize)) {
+        let mut of_block = [0.0; 3];
+        for (x, y) in x.chunks(MICRO).zip(y.chunks(MICRO)) {
+            let mut lanes = [[0.0; LANES]; 3];
+            add(&mut lanes, x, y);
+            of_block.iter_mut().zip(&lanes).for_each(|(sum, lanes)| *sum += join(lanes));
+        }
+        sums.iter_mut().zip(of_block).for_each(|(sum, of_block)| *sum += of_block);
+    }
+    sums
 }
 
 #[cfg(test)]
@@ -223,8 +227,8 @@ mod tests {
         let (p, q) = (softmax(&y), softmax(&x));
         let expected: f64 = p.iter().zip(&q).map(|(p, q)| p * (p / q).ln()).sum();
         for level in Level::available() {
-            assert!((divergence(level, &mut x.clone(), &mut y.clone(), &mut Vec::new()) - expected).abs() < 1e-12);
-            assert_eq!(divergence(level, &mut x.clone(), &mut x.clone(), &mut Vec::new()), 0.0);
+            assert!((divergence(level, &x, &y) - expected).abs() < 1e-12);
+            assert_eq!(divergence(level, &x, &x), 0.0);
         }
     }
 }

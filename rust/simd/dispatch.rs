@@ -2,7 +2,7 @@
 
 use super::kernel;
 pub use super::kernel::{
-    Band, Draw, Extent, LANES, MICRO, Moves, PANEL, PanelOf, Rounding, Sifted, TURNED, Vote, holds, join,
+    Band, Draw, Extent, LANES, MICRO, Moves, NEAR, PANEL, PanelOf, Rounding, Sifted, TURNED, Vote, holds, join,
 };
 use super::level::Level;
 #[cfg(target_arch = "x86_64")]
@@ -300,18 +300,6 @@ stamp!(
     look_up [W: Work] (lasts: &mut [u32], shares: &mut [W], ranks: &[u32], terms: &[(u32, W)], some: &[u64])
 );
 stamp!(
-    /// [`kernel::minus`] at a level.
-    minus [] (into: &mut [f64], y: &[f64], x: &[f64])
-);
-stamp!(
-    /// [`kernel::highest`] at a level.
-    highest [] (x: &[f64]) -> f64
-);
-stamp!(
-    /// [`kernel::double`] at a level.
-    double [W: Work] (into: &mut [f64], x: &[W])
-);
-stamp!(
     /// [`kernel::largest`] at a level.
     largest [W: Work] (x: &[W]) -> W::Magnitude
 );
@@ -369,8 +357,20 @@ stamp!(
     add_products_each [W: Work] (sums: &mut [f64], a: &[W], b: &[W])
 );
 stamp!(
-    /// [`kernel::exp_less`] at a level.
-    exp_less [] (x: &mut [f64], m: f64)
+    /// [`kernel::highest`] at a level.
+    highest [W: Work] (x: &[W]) -> W
+);
+stamp!(
+    /// [`kernel::add_weights`] at a level.
+    add_weights [W: Work] (sums: &mut [[f64; LANES]; 3], x: &[W], y: &[W], m: [f64; 2])
+);
+stamp!(
+    /// [`kernel::add_near_weights`] at a level.
+    add_near_weights [W: Work] (sums: &mut [[f64; LANES]; 3], x: &[W], y: &[W], m: f64)
+);
+stamp!(
+    /// [`kernel::reach`] at a level.
+    reach [W: Work] (x: &[W], y: &[W]) -> (W, W::Magnitude)
 );
 stamp!(
     /// [`kernel::spread`] at a level.

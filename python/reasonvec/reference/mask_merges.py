@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from reasonvec.reference.elementary import exp, ln
+from reasonvec.reference.elementary import exp, ln, ln_1p, slope_of_exp
 from reasonvec.reference.formats import (
     Dtype,
     Index,
@@ -423,19 +423,30 @@ def divergences(a: Work, b: Work, columns: int) -> NDArray[np.float64]:
     """KL(softmax(b) || softmax(a)) of every row [rows] of [rows, columns], in F64, at least 0.
 
     With the row's largest elements m_a and m_b and the weights e_b = exp(b - m_b):
-    sum(e_b (b - a)) / sum(e_b) - ((m_b - m_a) + (ln sum(e_b) - ln sum(e_a))). Sums as in
-    `fixed_dot`, starting anew in each row; exp and ln are the polynomials of `vectors`.
+    sum(e_b (b - a)) / sum(e_b) - ((m_b - m_a) + (ln sum(e_b) - ln sum(e_a))). Where all of
+    d = b - a is below 1/64, that is a small difference of large numbers, and it is
+    sum((e_a + g) d) / (sum(e_a) + sum(g)) - ln(1 + sum(g) / sum(e_a)) with g = e_a (exp d - 1).
+    Sums as in `fixed_dot`, starting anew in each row; exp and ln are those of `elementary`.
     """
     found = []
     for start in range(0, a.size, columns):
-        x = as_f64(a[start : start + columns])
-        y = as_f64(b[start : start + columns])
-        m_x, m_y = float(x.max()), float(y.max())
-        e_x, e_y = exp(x - m_x), exp(y - m_y)
-        z = np.array([fixed_sum(e_x), fixed_sum(e_y)])
-        ln_x, ln_y = ln(z).tolist()
-        shift = (m_y - m_x) + (ln_y - ln_x)
-        found.append(max(fixed_dot(e_y, y - x) / float(z[1]) - shift, 0.0))
+        row_a, row_b = a[start : start + columns], b[start : start + columns]
+        x, y = as_f64(row_a), as_f64(row_b)
+        d = y - x
+        e_x = exp(x - float(x.max()))
+        if np.abs(row_b - row_a).max() < 1 / 64:
+            g = e_x * (d * slope_of_exp(d))
+            z, change = fixed_sum(e_x), fixed_sum(g)
+            mean = fixed_sum((e_x + g) * d) / (z + change)
+            shift = float(ln_1p(np.array([change / z]))[0])
+        else:
+            m_x, m_y = float(x.max()), float(y.max())
+            e_y = exp(y - m_y)
+            z_x, z_y = fixed_sum(e_x), fixed_sum(e_y)
+            ln_x, ln_y = ln(np.array([z_x, z_y])).tolist()
+            mean = fixed_dot(e_y, d) / z_y
+            shift = (m_y - m_x) + (ln_y - ln_x)
+        found.append(max(mean - shift, 0.0))
     return np.array(found)
 
 

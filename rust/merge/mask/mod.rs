@@ -339,7 +339,7 @@ impl Mask {
                 let wide = BLOCK + 2 * self.row;
                 wide * (work + work * inputs) + self.row * 2 * work + Ranks::memory(self.row)
             }
-            Rule::Fusion => self.row * 4 * 8 + BLOCK * 2 * work,
+            Rule::Fusion => (self.row + BLOCK) * 2 * work,
             _ => 0,
         };
         sample + rows + self.searches.len() as u64 * size_of::<Tally>() as u64 + MICRO as u64 * 12

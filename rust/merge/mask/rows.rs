@@ -22,9 +22,7 @@ impl Mask {
         let (start, end) = (rows.start * self.row, (rows.end * self.row).min(self.elements));
         let mut found = Vec::with_capacity((rows.end - rows.start) as usize);
         let row = self.row.min(self.elements) as usize;
-        let (mut x, mut y, mut apart, mut filled) = (vec![0.0; row], vec![0.0; row], Vec::new(), 0);
-        let mut piece = [W::ZERO; MICRO];
-        let level = worker.level;
+        let (mut x, mut y, mut filled) = (vec![W::ZERO; row], vec![W::ZERO; row], 0);
         for at in (start..end).step_by(BLOCK as usize) {
             let window = at..(at + BLOCK).min(end);
             let mut opened = Opened::<W>::new(worker.level, job, &window, worker.pool)?;
@@ -32,16 +30,13 @@ impl Mask {
             for (_, part) in runs(&window, self.row) {
                 let part = window.start + part.start as u64..window.start + part.end as u64;
                 for elements in micros(part.clone()) {
-                    let piece = &mut piece[..(elements.end - elements.start) as usize];
-                    let here = filled..filled + piece.len();
-                    points.base(piece, &elements);
-                    dispatch::double(level, &mut x[here.clone()], piece);
-                    points.model(0, piece, &elements)?;
-                    dispatch::double(level, &mut y[here.clone()], piece);
+                    let here = filled..filled + (elements.end - elements.start) as usize;
+                    points.base(&mut x[here.clone()], &elements);
+                    points.model(0, &mut y[here.clone()], &elements)?;
                     filled = here.end;
                 }
                 if filled == row {
-                    found.push(divergence(level, &mut x, &mut y, &mut apart));
+                    found.push(divergence(worker.level, &x, &y));
                     filled = 0;
                 }
             }

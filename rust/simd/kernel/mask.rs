@@ -330,40 +330,6 @@ pub fn absolute<W: Work>(into: &mut [W], x: &[W]) {
     }
 }
 
-/// `x = exp(x - m)`, for `m` not below any `x`: `x - m = k ln 2 + r`, the series of `exp r`, and `k` into the exponent. What would be subnormal is zero.
-#[inline(always)]
-pub fn exp_less(x: &mut [f64], m: f64) {
-    const SERIES: [f64; 14] = [
-        1.0 / 6_227_020_800.0,
-        1.0 / 479_001_600.0,
-        1.0 / 39_916_800.0,
-        1.0 / 3_628_800.0,
-        1.0 / 362_880.0,
-        1.0 / 40_320.0,
-        1.0 / 5_040.0,
-        1.0 / 720.0,
-        1.0 / 120.0,
-        1.0 / 24.0,
-        1.0 / 6.0,
-        1.0 / 2.0,
-        1.0,
-        1.0,
-    ];
-    for x in x {
-        let y = *x - m;
-        let k = (y * std::f64::consts::LOG2_E + 0.5).floor();
-        let r = (y - k * 0.693_147_180_369_123_8) - k * 1.908_214_929_270_587_7e-10;
-        let mut p = SERIES[0];
-        for c in &SERIES[1..] {
-            p = p * r + c;
-        }
-        // A number from 2^52 on has its integer in its lowest bits.
-        let biased = (if k > -1022.0 { k } else { -1022.0 }) + 1023.0 + 4_503_599_627_370_496.0;
-        let power = f64::from_bits(biased.to_bits() << 52);
-        *x = if k < -1021.0 { 0.0 } else { p * power };
-    }
-}
-
 /// `into = (x_1 - mean)^2 + (x_2 - mean)^2 + ...` with `mean = (x_1 + x_2 + ...) / n`, for the elements of some inputs from `at` on.
 #[inline(always)]
 pub fn spread<W: Work>(into: &mut [W], inputs: &[Vec<W>], at: usize) {

@@ -159,27 +159,6 @@ pub fn largest<W: Work>(x: &[W]) -> W::Magnitude {
     x.iter().fold(W::Magnitude::default(), |largest, x| largest.max(x.magnitude()))
 }
 
-/// `into = y - x`.
-#[inline(always)]
-pub fn minus(into: &mut [f64], y: &[f64], x: &[f64]) {
-    for ((into, &y), &x) in into.iter_mut().zip(y).zip(x) {
-        *into = y - x;
-    }
-}
-
-/// The largest number; what is not a number does not count.
-#[inline(always)]
-pub fn highest(x: &[f64]) -> f64 {
-    let mut lanes = [f64::NEG_INFINITY; LANES];
-    let (whole, rest) = x.as_chunks::<LANES>();
-    for x in whole {
-        for j in 0..LANES {
-            lanes[j] = if x[j] > lanes[j] { x[j] } else { lanes[j] };
-        }
-    }
-    lanes.iter().chain(rest).fold(f64::NEG_INFINITY, |m, &x| if x > m { x } else { m })
-}
-
 /// Widens to f64.
 #[inline(always)]
 pub fn double<W: Work>(into: &mut [f64], x: &[W]) {

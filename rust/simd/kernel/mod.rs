@@ -13,6 +13,7 @@ mod moved;
 mod panels;
 mod random;
 mod ranks;
+mod softmax;
 
 pub use linear::*;
 pub use mask::*;
@@ -22,6 +23,7 @@ pub use moved::*;
 pub use panels::*;
 pub use random::*;
 pub use ranks::*;
+pub use softmax::*;
 
 use crate::bf16::{Element, Work};
 
