@@ -186,6 +186,14 @@ impl Gram {
         sums: &mut [f64],
     ) -> Result<()> {
         let inputs = points.readers.len();
+        // Sums that hold are those of finite numbers that are not all zero.
+        if inputs == 2
+            && let Some(found) = points.products(elements)
+            && found.iter().all(|&sum| sum.is_finite() && dispatch::holds::<W>(sum))
+        {
+            sums.iter_mut().zip(found).for_each(|(sum, found)| *sum += found);
+            return Ok(());
+        }
         let each = || (0..inputs).flat_map(|i| (i..inputs).map(move |j| (i, j)));
         lanes.sums.clear();
         lanes.sums.resize(pairs(inputs), [0.0; LANES]);
@@ -364,6 +372,12 @@ impl<W: Work> Update<W> for Combine<'_, W> {
         let (level, inputs) = (points.level, self.gram.weights.len());
         let Lanes { base, inputs: values, .. } = &mut *self.lanes;
         let (base, value) = (&mut base[..u.len()], &mut values[0][..u.len()]);
+        if self.gram.unit == Unit::Tensor
+            && inputs == 2
+            && points.blend(u, &elements, [0, 1].map(|i| W::from_f64(self.solved[0][i])))
+        {
+            return Ok(true);
+        }
         for i in 0..inputs {
             if self.gram.unit == Unit::Tensor
                 && points.add_plain(i, u, &elements, W::from_f64(self.solved[0][i]), i == 0)

@@ -95,8 +95,7 @@ impl<W: Work> Points<'_, '_, W> {
         if let Some((dtype, pair)) = self.pair(i, elements) {
             return Ok(with_element!(dtype, E => dispatch::apart::<E, W>(self.level, into, pair)));
         }
-        let plain = self.readers[i].plain(elements).filter(|_| self.base.is_none() && self.steps.is_none());
-        if let Some((dtype, bytes)) = plain {
+        if let Some((dtype, bytes)) = self.alone(i, elements) {
             return Ok(with_element!(dtype, E => dispatch::widen_largest::<E, W>(self.level, into, bytes)));
         }
         self.model(i, into, elements)?;
@@ -112,14 +111,41 @@ impl<W: Work> Points<'_, '_, W> {
         Ok(largest)
     }
 
+    /// The bytes of the first two inputs and of the base they are less, if there is one: of one format, and taken as they are.
+    fn two(&self, elements: &Range<u64>) -> Option<(Dtype, [&[u8]; 2], Option<&[u8]>)> {
+        if let (Some((dtype, [a, base])), Some((_, [b, _]))) = (self.pair(0, elements), self.pair(1, elements)) {
+            return Some((dtype, [a, b], Some(base)));
+        }
+        let ((dtype, a), (other, b)) = (self.alone(0, elements)?, self.alone(1, elements)?);
+        (dtype == other).then_some((dtype, [a, b], None))
+    }
+
+    /// The products of two inputs over at most MICRO elements: of the first with itself, of both, of the second with itself; where no buffer is needed
+    /// for that.
+    pub(super) fn products(&self, elements: &Range<u64>) -> Option<[f64; 3]> {
+        let (dtype, two, base) = self.two(elements)?;
+        Some(with_element!(dtype, E => dispatch::products::<E, W>(self.level, two, base)))
+    }
+
+    /// `acc = c_1 input_1 + c_2 input_2`, where no buffer is needed for that; whether it was so.
+    pub(super) fn blend(&self, acc: &mut [W], elements: &Range<u64>, c: [W; 2]) -> bool {
+        let Some((dtype, two, base)) = self.two(elements) else { return false };
+        with_element!(dtype, E => dispatch::blend::<E, W>(self.level, acc, two, base, c));
+        true
+    }
+
+    /// A model's bytes, where there is no base and it is taken as it is.
+    fn alone(&self, i: usize, elements: &Range<u64>) -> Option<(Dtype, &[u8])> {
+        self.readers[i].plain(elements).filter(|_| self.base.is_none() && self.steps.is_none())
+    }
+
     /// `acc = c * input`, or `acc + c * input` when not `first`, where no buffer is needed for that; whether it was so.
     pub(super) fn add_plain(&self, i: usize, acc: &mut [W], elements: &Range<u64>, c: W, first: bool) -> bool {
         if let Some((dtype, [p, n])) = self.pair(i, elements) {
             with_element!(dtype, E => dispatch::difference::<E, W>(self.level, acc, p, n, c, first));
             return true;
         }
-        let plain = self.readers[i].plain(elements).filter(|_| self.base.is_none() && self.steps.is_none());
-        let Some((dtype, bytes)) = plain else { return false };
+        let Some((dtype, bytes)) = self.alone(i, elements) else { return false };
         with_element!(dtype, E => dispatch::scaled::<E, W>(self.level, acc, bytes, c, first));
         true
     }

@@ -143,6 +143,10 @@ stamp!(
     difference [E: Element, W: Work] (acc: &mut [W], p: &[u8], n: &[u8], c: W, first: bool)
 );
 stamp!(
+    /// [`kernel::blend`] at a level.
+    blend [E: Element, W: Work] (acc: &mut [W], pair: [&[u8]; 2], base: Option<&[u8]>, c: [W; 2])
+);
+stamp!(
     /// [`kernel::product`] at a level.
     product [P: Work, W: Work] (acc: &mut [W], panel: PanelOf<'_, P>, width: usize, c: W, first: bool)
 );
@@ -177,6 +181,10 @@ stamp!(
 stamp!(
     /// [`kernel::add_dots_double`] at a level.
     add_dots_double [W: Work] (lanes: &mut [f64; LANES], a: &[W], b: &[W])
+);
+stamp!(
+    /// [`kernel::products`] at a level.
+    products [E: Element, W: Work] (pair: [&[u8]; 2], base: Option<&[u8]>) -> [f64; 3]
 );
 stamp!(
     /// [`kernel::widen_largest`] at a level.

@@ -66,6 +66,25 @@ pub fn difference<E: Element, W: Work>(acc: &mut [W], p: &[u8], n: &[u8], c: W, 
     }
 }
 
+/// `acc = c_1 x + c_2 y` for two tensors of one format, or what they differ by from a base: [`scaled`] or [`difference`] twice, in one go.
+#[inline(always)]
+pub fn blend<E: Element, W: Work>(acc: &mut [W], pair: [&[u8]; 2], base: Option<&[u8]>, c: [W; 2]) {
+    // Elements are loaded in the loop's body: of four iterators over elements side by side compilers make no vector code.
+    let bytes = acc.len() * E::SIZE;
+    let [x, y] = pair.map(|from| from[..bytes].chunks_exact(E::SIZE));
+    let pairs = x.zip(y);
+    if let Some(base) = base {
+        for ((acc, (x, y)), n) in acc.iter_mut().zip(pairs).zip(base[..bytes].chunks_exact(E::SIZE)) {
+            let n = W::widen(E::load(n));
+            *acc = c[0] * (W::widen(E::load(x)) - n) + c[1] * (W::widen(E::load(y)) - n);
+        }
+    } else {
+        for (acc, (x, y)) in acc.iter_mut().zip(pairs) {
+            *acc = c[0] * W::widen(E::load(x)) + c[1] * W::widen(E::load(y));
+        }
+    }
+}
+
 /// `acc = acc - n`, for donors of different formats.
 #[inline(always)]
 pub fn subtract<E: Element, W: Work>(acc: &mut [W], n: &[u8]) {

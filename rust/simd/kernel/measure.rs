@@ -126,6 +126,56 @@ pub fn add_dots<W: Work>(into: &mut [f64; LANES], a: &[W], b: &[W]) {
     *into = lanes;
 }
 
+/// The [`dot`]s of two tensors of one format, or of what they differ by from a base, in one go: of the first with itself, of both, of the second
+/// with itself. What does not [hold](holds) is left to the caller.
+#[inline(always)]
+pub fn products<E: Element, W: Work>(pair: [&[u8]; 2], base: Option<&[u8]>) -> [f64; 3] {
+    match base {
+        Some(base) => products_less::<E, W, true>(pair, base),
+        None => products_less::<E, W, false>(pair, &[]),
+    }
+}
+
+#[inline(always)]
+fn products_less<E: Element, W: Work, const LESS: bool>([a, b]: [&[u8]; 2], base: &[u8]) -> [f64; 3] {
+    let (mut aa, mut ab, mut bb) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+    let mut add = |x: &[W; GROUP], y: &[W; GROUP]| {
+        add_products(&mut aa, x, x);
+        add_products(&mut ab, x, y);
+        add_products(&mut bb, y, y);
+    };
+    let bytes = GROUP * E::SIZE;
+    let whole = a.len() / bytes * bytes;
+    let groups = a.chunks_exact(bytes).zip(b.chunks_exact(bytes));
+    if LESS {
+        for ((a, b), base) in groups.zip(base.chunks_exact(bytes)) {
+            let n = widened::<E, W>(base);
+            let less = |x: [W; GROUP]| std::array::from_fn(|j| x[j] - n[j]);
+            add(&less(widened::<E, W>(a)), &less(widened::<E, W>(b)));
+        }
+    } else {
+        for (a, b) in groups {
+            add(&widened::<E, W>(a), &widened::<E, W>(b));
+        }
+    }
+    if whole < a.len() {
+        let n = if LESS { widened::<E, W>(&base[whole..]) } else { [W::ZERO; GROUP] };
+        let less = |x: [W; GROUP]| std::array::from_fn(|j| x[j] - n[j]);
+        add(&less(widened::<E, W>(&a[whole..])), &less(widened::<E, W>(&b[whole..])));
+    }
+    [join(&aa), join(&ab), join(&bb)]
+}
+
+/// A group, filled up with zeros.
+#[inline(always)]
+fn widened<E: Element, W: Work>(bytes: &[u8]) -> [W; GROUP] {
+    let mut group = [W::ZERO; GROUP];
+    for (x, e) in group.iter_mut().zip(elements::<E>(bytes)) {
+        *x = W::widen(e);
+    }
+    group
+}
+
 /// The sum of the lanes of a [`dot`], pairwise. Not inlined: compilers then keep the lanes of the loop before it in as few registers as there can be.
 #[inline(never)]
 pub fn join(lanes: &[f64; LANES]) -> f64 {
