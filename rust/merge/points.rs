@@ -23,6 +23,13 @@ pub(super) struct Points<'r, 'a, W> {
     pub(super) steps: Option<Dtype>,
 }
 
+/// Bytes of two inputs and of the base that they are less, if there is one.
+struct Two<'r> {
+    dtype: Dtype,
+    bytes: [&'r [u8]; 2],
+    base: Option<&'r [u8]>,
+}
+
 /// The windows and readers behind [`Points`].
 pub(super) struct Opened<'a, W> {
     level: Level,
@@ -111,26 +118,26 @@ impl<W: Work> Points<'_, '_, W> {
         Ok(largest)
     }
 
-    /// The bytes of the first two inputs and of the base they are less, if there is one: of one format, and taken as they are.
-    fn two(&self, elements: &Range<u64>) -> Option<(Dtype, [&[u8]; 2], Option<&[u8]>)> {
+    /// The first two inputs, where they are tensors of one format, and taken as they are.
+    fn two(&self, elements: &Range<u64>) -> Option<Two<'_>> {
         if let (Some((dtype, [a, base])), Some((_, [b, _]))) = (self.pair(0, elements), self.pair(1, elements)) {
-            return Some((dtype, [a, b], Some(base)));
+            return Some(Two { dtype, bytes: [a, b], base: Some(base) });
         }
         let ((dtype, a), (other, b)) = (self.alone(0, elements)?, self.alone(1, elements)?);
-        (dtype == other).then_some((dtype, [a, b], None))
+        (dtype == other).then_some(Two { dtype, bytes: [a, b], base: None })
     }
 
     /// The products of two inputs over at most MICRO elements: of the first with itself, of both, of the second with itself; where no buffer is needed
     /// for that.
     pub(super) fn products(&self, elements: &Range<u64>) -> Option<[f64; 3]> {
-        let (dtype, two, base) = self.two(elements)?;
-        Some(with_element!(dtype, E => dispatch::products::<E, W>(self.level, two, base)))
+        let Two { dtype, bytes, base } = self.two(elements)?;
+        Some(with_element!(dtype, E => dispatch::products::<E, W>(self.level, bytes, base)))
     }
 
     /// `acc = c_1 input_1 + c_2 input_2`, where no buffer is needed for that; whether it was so.
     pub(super) fn blend(&self, acc: &mut [W], elements: &Range<u64>, c: [W; 2]) -> bool {
-        let Some((dtype, two, base)) = self.two(elements) else { return false };
-        with_element!(dtype, E => dispatch::blend::<E, W>(self.level, acc, two, base, c));
+        let Some(Two { dtype, bytes, base }) = self.two(elements) else { return false };
+        with_element!(dtype, E => dispatch::blend::<E, W>(self.level, acc, bytes, base, c));
         true
     }
 

@@ -69,11 +69,11 @@ fn short_bits(v: f32) -> Option<u16> {
 }
 
 impl Sample {
-    /// Looks at some differences.
-    pub fn look<W: Work>(&mut self, u: &[W]) {
-        self.seen += u.len() as u64;
-        for v in u.iter().filter(|v| **v != W::ZERO) {
-            self.moved += 1;
+    /// Looks at those of so many differences that are not zero.
+    pub fn look<W: Work>(&mut self, seen: usize, moved: &[W]) {
+        self.seen += seen as u64;
+        self.moved += moved.len() as u64;
+        for v in moved {
             if let Some(bits) = short_bits(v.to_f64() as f32) {
                 self.short += 1;
                 self.counts[usize::from(bits)] += 1;
@@ -187,8 +187,17 @@ impl Packed {
                 self.values.resize(from + values.len(), 0);
                 let codes = &mut self.values[from..];
                 dispatch::encode(level, codes, values, &palette.codes);
-                for (codes, values) in codes.chunks(8).zip(values.chunks(8)).filter(|(codes, _)| may_escape(codes)) {
-                    for (_, &v) in codes.iter().zip(values).filter(|(code, _)| **code == ESCAPE_CODE) {
+                let (whole, rest) = codes.as_chunks();
+                for (codes, values) in whole.iter().zip(values.as_chunks::<8>().0) {
+                    let mut left = escapes(codes);
+                    while left != 0 {
+                        let v = values[left.trailing_zeros() as usize / 8];
+                        self.escapes.extend_from_slice(&single(v).to_le_bytes());
+                        left &= left - 1;
+                    }
+                }
+                for (&code, &v) in rest.iter().zip(values.as_chunks::<8>().1) {
+                    if code == ESCAPE_CODE {
                         self.escapes.extend_from_slice(&single(v).to_le_bytes());
                     }
                 }
@@ -206,14 +215,13 @@ impl Packed {
     }
 }
 
-/// Whether one of eight codes is an escape: a look at them all, because few are. Always, of fewer than eight.
+/// Which codes are escapes, as the highest bits of their bytes. A look at eight, because few are.
 #[inline(always)]
-fn may_escape(codes: &[u8]) -> bool {
+fn escapes(codes: &[u8; 8]) -> u64 {
     const { assert!(ESCAPE_CODE == u8::MAX) };
-    let Some(&eight) = codes.first_chunk() else { return true };
-    // A byte of zeros is what borrows when it has no highest bit.
-    let zeros = !u64::from_le_bytes(eight);
-    zeros.wrapping_sub(u64::from_ne_bytes([1; 8])) & !zeros & u64::from_ne_bytes([1 << 7; 8]) != 0
+    let (codes, low) = (u64::from_le_bytes(*codes), u64::from_ne_bytes([0x7F; 8]));
+    // The lower bits plus one reach the highest one where all of them are set.
+    (codes & low).wrapping_add(u64::from_ne_bytes([1; 8])) & codes & !low
 }
 
 /// Appends what becomes of each value.

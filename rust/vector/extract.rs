@@ -358,6 +358,7 @@ impl<'a> Run<'a> {
             return Ok(codec);
         }
         let mut sample = Sample::default();
+        let (mut bits, mut picked) = ([0u8; MICRO / 8], [W::ZERO; MICRO + 64]);
         // A shuffle is defined on whole blocks, and has mixed what is in them.
         let shuffled = job.terms.iter().any(|t| matches!(t.substitute, Some(Substitute::Shuffle { .. })));
         let span = if shuffled { BLOCK } else { MICRO as u64 };
@@ -370,7 +371,12 @@ impl<'a> Run<'a> {
             let u = &mut buffer[..(range.end - range.start) as usize];
             let mut readers = open(&job.terms, range.clone(), pool)?;
             accumulate(&mut readers, self.level, u, range)?;
-            sample.look(u);
+            for u in u.chunks(MICRO) {
+                let words = &mut bits[..u.len().div_ceil(64) * 8];
+                dispatch::flag(self.level, words, u);
+                let count = dispatch::pick(self.level, &mut picked, words, u);
+                sample.look(u.len(), &picked[..count]);
+            }
         }
         Ok(job.codec.get_or_init(|| sample.choose(self.plan.encoding, job.double)))
     }

@@ -190,15 +190,25 @@ pub fn rebuilds<E: Element, W: Work>(p: &[u8], n: &[u8], u: &[W]) -> bool {
 /// What can be done to many at a time goes before and after what cannot: the table.
 #[inline(always)]
 pub fn encode<W: Work>(codes: &mut [u8], values: &[W], table: &[u8; 1 << 16]) {
-    let (mut keys, mut long) = ([0u16; GROUP], [0u8; GROUP]);
-    for (codes, values) in codes.chunks_mut(GROUP).zip(values.chunks(GROUP)) {
-        for ((key, long), &v) in keys.iter_mut().zip(&mut long).zip(values) {
-            let bits = (v.to_f64() as f32).to_bits();
-            (*key, *long) = ((bits >> 16) as u16, if bits & 0xFFFF == 0 { 0 } else { u8::MAX });
-        }
-        for (code, key) in codes.iter_mut().zip(keys) {
-            *code = table[usize::from(key)];
-        }
-        codes.iter_mut().zip(long).for_each(|(code, long)| *code |= long);
+    let ((whole, rest), (codes, last)) = (values.as_chunks::<GROUP>(), codes.as_chunks_mut::<GROUP>());
+    for (codes, values) in codes.iter_mut().zip(whole) {
+        *codes = encode_group(values, table);
     }
+    last.copy_from_slice(&encode_group(&filled(rest), table)[..rest.len()]);
+}
+
+#[inline(always)]
+fn encode_group<W: Work>(values: &[W; GROUP], table: &[u8; 1 << 16]) -> [u8; GROUP] {
+    let (mut keys, mut codes) = ([0u16; GROUP], [0u8; GROUP]);
+    let bits = |v: W| (v.to_f64() as f32).to_bits();
+    for (key, &v) in keys.iter_mut().zip(values) {
+        *key = (bits(v) >> 16) as u16;
+    }
+    for (code, key) in codes.iter_mut().zip(keys) {
+        *code = table[usize::from(key)];
+    }
+    for (code, &v) in codes.iter_mut().zip(values) {
+        *code |= if bits(v) & 0xFFFF == 0 { 0 } else { u8::MAX };
+    }
+    codes
 }
