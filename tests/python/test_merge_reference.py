@@ -120,6 +120,10 @@ for normalize in (False, True):
         {"kind": "ties", "density": DENSITY[:2], "normalize": normalize, "lambda": 0.7}, True, 2,
         lambda x, b, c, n, m=normalize: ref.ties(x, b, W2, DENSITY[:2], m, 0.7),
     )  # fmt: skip
+CASES["model_stock of two"] = (
+    {"kind": "model_stock", "filter_wise": False}, True, 2,
+    lambda x, b, c, n: ref.model_stock(x, b, c),
+)  # fmt: skip
 CASES["sce of two"] = (
     {"kind": "sce", "select_topk": 0.4, "lambda": 1.0}, True, 2,
     lambda x, b, c, n: ref.sce(x, b, 0.4),
