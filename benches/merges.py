@@ -55,18 +55,19 @@ class Method:
 
 _BOTH = "weight: 0.5"
 _DENSE = "weight: 0.5, density: 0.5"
+# What takes mergekit minutes and 9 GB of memory comes last: machines are slow for a while after it.
 METHODS = {
     method.name: method
     for method in (
         Method("task_arithmetic", _BOTH, bar=None),
-        Method("ties", _DENSE, bar=50.0, aim=100.0),
         Method("slerp", "", "t: 0.3"),
         Method("model_stock", ""),
         Method("karcher", "", base=False),
-        Method("dare_ties", _DENSE),
-        Method("della", f"{_DENSE}, epsilon: 0.15"),
-        Method("breadcrumbs", f"{_DENSE}, gamma: 0.01"),
         Method("arcee_fusion", ""),
+        Method("dare_ties", _DENSE),
+        Method("ties", _DENSE, bar=50.0, aim=100.0),
+        Method("breadcrumbs", f"{_DENSE}, gamma: 0.01"),
+        Method("della", f"{_DENSE}, epsilon: 0.15"),
         Method("sce", _BOTH, "select_topk: 0.5"),
     )
 }
