@@ -115,7 +115,7 @@ class Bench:
         path = recipe(method, self.family, OUTPUTS)
         return peers.merge(peers.mergekit(CACHE), path, OUTPUTS / "merge", self.turn(method).inputs)
 
-    def rows(self, method: Method) -> Iterator[Row]:
+    def times(self, method: Method) -> Iterator[Row]:
         ours = self.seconds.setdefault(method.name, [])
         ours += (timed(self.turn(method)) for _ in range(self.rounds))
         if not self.quick:
@@ -129,6 +129,8 @@ class Bench:
         if method.name == "ties" and "task_arithmetic" in self.seconds:
             value = median(ours) / median(self.seconds["task_arithmetic"])
             yield Row("ties against our own task arithmetic", value, "times", bar=3.0)
+
+    def memory(self, method: Method) -> Iterator[Row]:
         peak = peak_anonymous(self.turn(method)) / MIB
         yield Row(f"{method.name}: peak anonymous memory", peak, "MiB", bar=160)
         if not self.quick:
@@ -148,12 +150,14 @@ def main() -> None:
     bench = Bench(arguments.quick, 1 if arguments.quick else arguments.rounds)
     rows: list[Row] = []
     with Console(stderr=True).status("") as status:
-        for name in arguments.only or METHODS:
-            status.update(name)
-            rows += bench.rows(METHODS[name])
-            # Again after each method: mergekit takes minutes, and a run that is cut keeps the rest.
-            if not arguments.only and not arguments.quick:
-                save(rows, bench)
+        # Memory behind all times: 7B shapes may drive the inputs out of the page cache.
+        for step in (bench.times, bench.memory):
+            for name in arguments.only or METHODS:
+                status.update(name)
+                rows += step(METHODS[name])
+                # Each time: mergekit takes minutes, and a run that is cut keeps what it has.
+                if not arguments.only and not arguments.quick:
+                    save(rows, bench)
     shutil.rmtree(OUTPUTS)
     table.show(rows, bench.seconds)
 
