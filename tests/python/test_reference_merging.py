@@ -470,7 +470,8 @@ def test_nearswap_goes_t_far_at_most(seed: int, t: float) -> None:
 
 
 def test_divergences_are_those_of_softmax() -> None:
-    """Against the definition in F64, also for rows too large for exp; equal rows have none."""
+    """Against the definition in F64, of rows far from each other and near, also of rows too large
+    for exp; equal rows have none."""
     a, b = (x.astype(np.float64) for x in vectors(2))
     for shift in (0.0, 5000.0):
         x, y = a.reshape(-1, COLUMNS), b.reshape(-1, COLUMNS)
@@ -478,6 +479,11 @@ def test_divergences_are_those_of_softmax() -> None:
         wanted = (p * np.log(p / q)).sum(axis=1)
         found = ref.divergences(a + shift, b + shift, COLUMNS)
         np.testing.assert_allclose(found, wanted, rtol=1e-9)
+        near = a + (b - a) / 64 / np.abs(b - a).max() * 0.99
+        p = np.exp(near.reshape(-1, COLUMNS)) / np.exp(near.reshape(-1, COLUMNS)).sum(1)[:, None]
+        wanted = (p * np.log(p / (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)))).sum(axis=1)
+        found = ref.divergences(a + shift, near + shift, COLUMNS)
+        np.testing.assert_allclose(found, wanted, rtol=1e-7)
     assert not ref.divergences(a, a, COLUMNS).any()
 
 
