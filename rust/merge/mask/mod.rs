@@ -74,7 +74,7 @@ struct Agreement {
 /// What a measuring stage does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
-    /// The divergence of every row.
+    /// The divergence of every row, and what [`Stage::Search`] does.
     Rows,
     /// A sample, and a pass of every search.
     Search,
@@ -267,15 +267,13 @@ impl Mask {
             }
         };
         if searches.iter().any(|s| s.found().is_none()) {
-            stages.push(Stage::Search);
+            stages.push(if matches!(rule, Rule::Fusion) { Stage::Rows } else { Stage::Search });
             if n > crate::select::SAMPLE {
                 stages.extend(std::iter::repeat_n(Stage::Refine, passes(shape.double) - 1));
             }
         }
-        match rule {
-            Rule::Sce { .. } => stages.push(Stage::Sums),
-            Rule::Fusion => stages.insert(0, Stage::Rows),
-            _ => {}
+        if matches!(rule, Rule::Sce { .. }) {
+            stages.push(Stage::Sums);
         }
         let order = Order::new(searches.len());
         let mask = Self {
@@ -339,7 +337,8 @@ impl Mask {
                 let wide = BLOCK + 2 * self.row;
                 wide * (work + work * inputs) + self.row * 2 * work + Ranks::memory(self.row)
             }
-            Rule::Fusion => (self.row + BLOCK) * 2 * work,
+            // Of a row in the sample, and of one that is measured.
+            Rule::Fusion => (2 * self.row + BLOCK) * 2 * work,
             _ => 0,
         };
         sample + rows + self.searches.len() as u64 * size_of::<Tally>() as u64 + MICRO as u64 * 12
@@ -364,7 +363,10 @@ impl Mask {
     ) -> Result<()> {
         scratch.fit(self);
         match self.stages[stage] {
-            Stage::Rows => self.measure_rows::<W>(worker, job, tile),
+            Stage::Rows => {
+                self.sample(worker, job, scratch)?;
+                self.measure_rows(worker, job, tile, scratch)
+            }
             Stage::Search => {
                 self.sample(worker, job, scratch)?;
                 self.count(worker, job, tile, scratch)
@@ -376,12 +378,12 @@ impl Mask {
 
     /// Ends a measuring stage.
     pub(super) fn solve(&self, stage: usize) -> Result<()> {
+        if self.stages[stage] == Stage::Rows {
+            let found = std::mem::take(&mut *self.divergences.lock().unwrap_or_else(PoisonError::into_inner));
+            let _ = self.diverged.set(found);
+        }
         match self.stages[stage] {
-            Stage::Rows => {
-                let found = std::mem::take(&mut *self.divergences.lock().unwrap_or_else(PoisonError::into_inner));
-                let _ = self.diverged.set(found);
-            }
-            Stage::Search | Stage::Refine => {
+            Stage::Rows | Stage::Search | Stage::Refine => {
                 for search in &self.searches {
                     if self.double { search.end_pass::<f64>() } else { search.end_pass::<f32>() }
                 }

@@ -10,14 +10,22 @@ use crate::stream::{BLOCK, Tile};
 
 use super::super::gram::{micros, runs};
 use super::super::method::Worker;
-use super::super::points::{Lanes, Opened, Points};
+use super::super::points::{Lanes, Opened, Points, round};
 use super::super::prepare::Job;
 use super::super::rows::divergence;
+use super::foresight::close;
 use super::{Choice, Mask, Rule, Scratch};
 
 impl Mask {
-    /// A row belongs to the tile in which it begins, which reads all of it.
-    pub(super) fn measure_rows<W: Work>(&self, worker: Worker<'_>, job: &Job, tile: &Tile) -> Result<()> {
+    /// The divergences of the rows that begin in a tile, which reads all of them, and the first pass over the importances that follow.
+    pub(super) fn measure_rows<W: Work>(
+        &self,
+        worker: Worker<'_>,
+        job: &Job,
+        tile: &Tile,
+        scratch: &mut Scratch<W>,
+    ) -> Result<()> {
+        let passes = self.passes();
         let rows = tile.elements.start.div_ceil(self.row)..tile.elements.end.div_ceil(self.row);
         let (start, end) = (rows.start * self.row, (rows.end * self.row).min(self.elements));
         let mut found = Vec::with_capacity((rows.end - rows.start) as usize);
@@ -36,14 +44,76 @@ impl Mask {
                     filled = here.end;
                 }
                 if filled == row {
-                    found.push(divergence(worker.level, &x, &y));
+                    let c = divergence(worker.level, &x, &y);
+                    found.push(c);
+                    self.weigh_row(worker, job, [&mut x, &mut y], part.end - row as u64, c, |weighed| {
+                        for (pass, tally) in passes.iter().zip(&mut scratch.tallies) {
+                            if let Some(pass) = pass {
+                                pass.count(worker.level, weighed, tally);
+                            }
+                        }
+                    })?;
                     filled = 0;
                 }
             }
         }
+        close(&passes, tile.elements.start / BLOCK, scratch);
         let mut all = self.divergences.lock().unwrap_or_else(PoisonError::into_inner);
         all.resize(self.elements.div_ceil(self.row) as usize, 0.0);
         all[rows.start as usize..rows.end as usize].copy_from_slice(&found);
+        Ok(())
+    }
+
+    /// The importances of elements that a sample takes, whose rows nobody has measured yet.
+    pub(super) fn sample_rows<W: Work>(
+        &self,
+        worker: Worker<'_>,
+        job: &Job,
+        place: &Range<u64>,
+        sample: &mut Vec<W>,
+    ) -> Result<()> {
+        for number in place.start / self.row..place.end.div_ceil(self.row) {
+            let whole = number * self.row..((number + 1) * self.row).min(self.elements);
+            let mut opened = Opened::<W>::new(worker.level, job, &whole, worker.pool)?;
+            let mut points = opened.points();
+            let n = (whole.end - whole.start) as usize;
+            let (mut x, mut y) = (vec![W::ZERO; n], vec![W::ZERO; n]);
+            for (elements, (x, y)) in micros(whole.clone()).zip(x.chunks_mut(MICRO).zip(y.chunks_mut(MICRO))) {
+                points.base(x, &elements);
+                points.model(0, y, &elements)?;
+            }
+            let c = divergence(worker.level, &x, &y);
+            let part = place.start.max(whole.start)..place.end.min(whole.end);
+            let here = (part.start - whole.start) as usize..(part.end - whole.start) as usize;
+            let pair = [&mut x[here.clone()], &mut y[here]];
+            self.weigh_row(worker, job, pair, part.start, c, |weighed| sample.extend_from_slice(weighed))?;
+        }
+        Ok(())
+    }
+
+    /// Makes importances of some elements of a row, of the base and of the model, from an index on, and hands them on a MICRO at a time. What
+    /// was in the buffers is used up.
+    fn weigh_row<W: Work>(
+        &self,
+        worker: Worker<'_>,
+        job: &Job,
+        [base, model]: [&mut [W]; 2],
+        from: u64,
+        divergence: f64,
+        mut take: impl FnMut(&[W]),
+    ) -> Result<()> {
+        let level = worker.level;
+        for (i, (base, model)) in base.chunks_mut(MICRO).zip(model.chunks_mut(MICRO)).enumerate() {
+            round(level, model, job.steps);
+            round(level, base, job.steps);
+            let largest = dispatch::less(level, model, base);
+            round(level, model, job.steps);
+            let at = from + (i * MICRO) as u64;
+            let finite = W::from_magnitude(largest).is_finite();
+            worker.check::<W>(job, finite, &(at..at + model.len() as u64))?;
+            dispatch::weigh(level, base, model, divergence);
+            take(base);
+        }
         Ok(())
     }
 

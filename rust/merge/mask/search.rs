@@ -73,6 +73,10 @@ impl Mask {
         }
         let mut samples = vec![Vec::new(); self.weights.len()];
         for place in places(self.elements) {
+            if matches!(self.rule, Rule::Fusion) {
+                self.sample_rows(worker, job, &place, &mut samples[0])?;
+                continue;
+            }
             let mut opened = Opened::new(worker.level, job, &place, worker.pool)?;
             let mut points = opened.points();
             for elements in micros(place) {
