@@ -55,25 +55,44 @@ fn combine<E: Element>(c: &mut Criterion, format: &str) {
     }
 }
 
-/// What `extract` does beside the difference: size and bitmap of the change, and the proof that it leads back.
+/// What `extract` does where an eighth of the elements moved: which, their values, size and codes, and the proof that they lead back.
 fn encode<E: Element>(c: &mut Criterion, format: &str) {
-    let [p, n] = [1, 2].map(|stream| weights::<E>(MICRO, stream));
-    let (mut u, mut bits) = (vec![0f32; MICRO], [0u8; MICRO / 8]);
+    let n = weights::<E>(MICRO, 1);
+    let mut p = n.clone();
+    for i in (0..MICRO).filter(|i| i.wrapping_mul(2_654_435_761) >> 7 & 7 == 0) {
+        p[i * E::SIZE] ^= 1;
+    }
+    let (mut u, mut bits, mut picked) = (vec![0f32; MICRO], vec![0u8; MICRO / 8], vec![0f32; MICRO + 64]);
     dispatch::difference::<E, f32>(Level::portable(), &mut u, &p, &n, 1.0, true);
+    let (mut codes, table) = (vec![0u8; MICRO / 8], Box::new([7u8; 1 << 16]));
+    let mut into = [vec![[0; 2]; MICRO + 64], vec![[0; 2]; MICRO + 64]];
     for level in Level::available() {
         let name = level.name();
-        group::<E>(c, "extent", format, 1)
+        group::<E>(c, "extent", format, 2)
             .bench_function(name, |b| b.iter(|| dispatch::extent(level, black_box(&u)).moved));
-        group::<E>(c, "flag", format, 1)
+        group::<E>(c, "flag", format, 2)
             .bench_function(name, |b| b.iter(|| dispatch::flag(level, &mut bits, black_box(&u))));
-        group::<E>(c, "moves", format, 2)
-            .bench_function(name, |b| b.iter(|| dispatch::moves::<E, f32>(level, &mut u, black_box(&p), &n)));
+        group::<E>(c, "pick", format, 2)
+            .bench_function(name, |b| b.iter(|| dispatch::pick(level, &mut picked, &bits, black_box(&u))));
+        if E::SIZE == 2 {
+            let pair = || [p.as_chunks().0, n.as_chunks().0];
+            group::<E>(c, "differing", format, 2).bench_function(name, |b| {
+                b.iter(|| {
+                    let [into_p, into_n] = &mut into;
+                    dispatch::differing(level, &mut bits, [into_p, into_n], black_box(pair()))
+                });
+            });
+            group::<E>(c, "all finite", format, 2)
+                .bench_function(name, |b| b.iter(|| dispatch::all_finite::<E>(level, black_box(&n))));
+        }
+        group::<E>(c, "encode", format, 2).bench_function(name, |b| {
+            b.iter(|| dispatch::encode(level, &mut codes, black_box(&picked[..MICRO / 8]), &table));
+        });
         group::<E>(c, "rebuilds", format, 2)
             .bench_function(name, |b| b.iter(|| dispatch::rebuilds::<E, f32>(level, black_box(&p), &n, &u)));
     }
 }
 
-/// Norm-matched noise, which is bound by its logarithms.
 fn noise(c: &mut Criterion) {
     let mut u = vec![0f32; MICRO];
     for level in Level::available() {

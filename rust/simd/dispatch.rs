@@ -2,7 +2,7 @@
 
 use super::kernel;
 pub use super::kernel::{
-    Band, Draw, Extent, LANES, MICRO, Moves, NEAR, PANEL, PanelOf, Rounding, Sifted, TURNED, Vote, holds, join,
+    Band, Draw, Extent, Half, LANES, MICRO, NEAR, PANEL, PanelOf, Rounding, Sifted, TURNED, Vote, holds, join,
 };
 use super::level::Level;
 #[cfg(target_arch = "x86_64")]
@@ -126,6 +126,73 @@ pub fn flag<W: Work>(level: Level, bits: &mut [u8], x: &[W]) -> u64 {
     kernel::flag(bits, x, kernel::flag_word)
 }
 
+/// [`kernel::differing`] at a level: as [`flag`] and [`pick`], where processors compare and move 16-bit elements.
+#[allow(unsafe_code)]
+#[inline]
+pub fn differing(level: Level, bits: &mut [u8], into: [&mut [Half]; 2], pair: [&[Half]; 2]) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{
+            __m256i, _mm256_cmpeq_epi16, _mm256_loadu_si256, _mm256_movemask_epi8, _mm256_packs_epi16,
+            _mm256_permute4x64_epi64, _mm512_cmpneq_epi16_mask, _mm512_loadu_si512, _mm512_maskz_compress_epi16,
+            _mm512_storeu_si512,
+        };
+        #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
+        fn avx2(bits: &mut [u8], into: [&mut [Half]; 2], pair: [&[Half]; 2]) -> usize {
+            kernel::differing(bits, into, pair, |into, [p, n]| {
+                let mut word = 0;
+                for (i, (p, n)) in p.as_chunks::<32>().0.iter().zip(n.as_chunks::<32>().0).enumerate() {
+                    let load = |x: &[Half; 32], half: usize| {
+                        // SAFETY: one of two halves of sixteen elements of two bytes.
+                        unsafe { _mm256_loadu_si256(x.as_ptr().cast::<__m256i>().add(half)) }
+                    };
+                    let same = |half| _mm256_cmpeq_epi16(load(p, half), load(n, half));
+                    // Halves of both are packed side by side; then quarters are put in order.
+                    let packed = _mm256_packs_epi16(same(0), same(1));
+                    let same = _mm256_movemask_epi8(_mm256_permute4x64_epi64::<0b11_01_10_00>(packed)) as u32;
+                    word |= u64::from(!same) << (32 * i);
+                }
+                kernel::pick_pair(into, [p, n], word);
+                word
+            })
+        }
+        #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+        fn avx512(bits: &mut [u8], into: [&mut [Half]; 2], pair: [&[Half]; 2]) -> usize {
+            kernel::differing(bits, into, pair, |into, [p, n]| {
+                let (mut word, mut at) = (0, 0);
+                for (i, (p, n)) in p.as_chunks::<32>().0.iter().zip(n.as_chunks::<32>().0).enumerate() {
+                    // SAFETY: 32 elements of two bytes each.
+                    let pair =
+                        unsafe { [_mm512_loadu_si512(p.as_ptr().cast()), _mm512_loadu_si512(n.as_ptr().cast())] };
+                    let mask = _mm512_cmpneq_epi16_mask(pair[0], pair[1]);
+                    for k in 0..2 {
+                        let picked = _mm512_maskz_compress_epi16(mask, pair[k]);
+                        // SAFETY: `at` is at most 32, so 32 of the 64 elements are left.
+                        unsafe { _mm512_storeu_si512(into[k].as_mut_ptr().add(at).cast(), picked) };
+                    }
+                    word |= u64::from(mask) << (32 * i);
+                    at += mask.count_ones() as usize;
+                }
+                word
+            })
+        }
+        if level.set() == Set::Avx512 && is_x86_feature_detected!("avx512vbmi2") {
+            // SAFETY: a `Level` of this set exists only after every other feature named above was detected.
+            return unsafe { avx512(bits, into, pair) };
+        }
+        if level.set() != Set::Portable {
+            // SAFETY: a `Level` of another set exists only after every feature named above was detected.
+            return unsafe { avx2(bits, into, pair) };
+        }
+    }
+    let _ = level;
+    kernel::differing(bits, into, pair, |into, [p, n]| {
+        let word = kernel::differ_word(p, n);
+        kernel::pick_pair(into, [p, n], word);
+        word
+    })
+}
+
 stamp!(
     /// [`kernel::widen`] at a level.
     widen [E: Element, W: Work] (into: &mut [W], from: &[u8])
@@ -203,8 +270,8 @@ stamp!(
     extreme [W: Work] (x: &[W]) -> (W, bool)
 );
 stamp!(
-    /// [`kernel::moves`] at a level.
-    moves [E: Element, W: Work] (u: &mut [W], p: &[u8], n: &[u8]) -> Moves
+    /// [`kernel::all_finite`] at a level.
+    all_finite [E: Element] (x: &[u8]) -> bool
 );
 stamp!(
     /// [`kernel::encode`] at a level.

@@ -30,7 +30,7 @@ pub struct Tensor<'a> {
     /// Its row, filled in as tiles come.
     pub row: Row,
     /// Its codec.
-    pub codec: &'a Codec,
+    pub codec: Arc<Codec>,
     /// Whether it is combined in f64.
     pub double: bool,
     /// The parts of a low-rank tensor, which are copied.
@@ -197,7 +197,7 @@ impl<'a> Assembly<'a> {
     pub fn begin(&mut self, tensor: Tensor<'a>) -> Result<()> {
         let (algorithm, folder) = (self.algorithm, self.folder);
         let start = self.shard()?.at;
-        let dense = matches!(tensor.codec, Codec::Dense | Codec::LowRank);
+        let dense = matches!(*tensor.codec, Codec::Dense | Codec::LowRank);
         let bitmap_len = if dense { 0 } else { tensor.row.elements.div_ceil(64) * 8 };
         self.current = Some(Current {
             start,
@@ -250,7 +250,7 @@ impl<'a> Assembly<'a> {
         let pending = Pending { writer: shard.writer.clone(), runs, spare: self.spare.clone() };
         // At once: the values of a dense tensor, which are read again when it ends, and what may turn out to be a zero tensor, whose
         // place the next one takes.
-        let dense = matches!(c.tensor.codec, Codec::Dense);
+        let dense = matches!(*c.tensor.codec, Codec::Dense);
         let zero = c.tensor.row.moved == 0 && c.wide_starts.last() == Some(&0);
         let later = match (dense || zero, zero && last) {
             (_, true) => None,
@@ -281,7 +281,7 @@ impl<'a> Assembly<'a> {
         let finite = |x: f64| x.is_finite().then_some(x);
         row.norm = finite(c.squares.sqrt());
         row.max = finite(c.max);
-        if matches!(codec, Codec::LowRank) {
+        if matches!(*codec, Codec::LowRank) {
             row.residual = finite(c.residual.sqrt());
         }
         row.wide = c.wide_starts.last().copied().unwrap_or(0);
@@ -294,14 +294,14 @@ impl<'a> Assembly<'a> {
         let mut parts = BTreeMap::new();
         let name = row.name.clone();
         let entry = |role: &str| {
-            if role == "values" && matches!(codec, Codec::Dense) { name.clone() } else { format!("{name}:{role}") }
+            if role == "values" && matches!(*codec, Codec::Dense) { name.clone() } else { format!("{name}:{role}") }
         };
         let mut put = |shard: &mut Shard, role: &str, dtype: Dtype, shape: Vec<u64>, digest: Option<String>| {
             shard.at += shape.iter().product::<u64>() * dtype.size() as u64;
             shard.entries.push((entry(role), dtype, shape));
             parts.insert(role.to_owned(), Part { entry: entry(role), digest });
         };
-        if let Codec::Dense = codec {
+        if let Codec::Dense = *codec {
             row.encoding = Encoding::Dense;
             let (dtype, digest) = if double {
                 (Dtype::F64, c.values.digest.finish())
@@ -311,7 +311,7 @@ impl<'a> Assembly<'a> {
                 (Dtype::BF16, narrow_in_place(&shard.writer, start, row.elements, algorithm)?)
             };
             put(shard, "values", dtype, row.shape.clone(), digest);
-        } else if let Codec::LowRank = codec {
+        } else if let Codec::LowRank = *codec {
             row.encoding = Encoding::LowRank;
             let mut parts: Vec<(&str, &TensorView)> = ROLES.into_iter().zip(factors).collect();
             // The widest first: then nothing stands on an odd byte.
@@ -331,14 +331,14 @@ impl<'a> Assembly<'a> {
             shard.writer.write_at(&padding, c.values.at)?;
             let mut values = c.values.digest;
             values.update(&padding);
-            let dtype = match codec {
+            let dtype = match *codec {
                 Codec::Palette(_) => Dtype::U8,
                 Codec::Bf16 => Dtype::BF16,
                 _ if double => Dtype::F64,
                 _ => Dtype::F32,
             };
             put(shard, "values", dtype, vec![padded / size], values.finish());
-            if let Codec::Palette(palette) = codec {
+            if let Codec::Palette(palette) = &*codec {
                 let mut bytes: Vec<u8> = palette.values.iter().flat_map(|v| v.to_le_bytes()).collect();
                 bytes.resize(bytes.len().next_multiple_of(8), 0);
                 shard.writer.write_at(&bytes, shard.at)?;

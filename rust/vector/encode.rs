@@ -4,6 +4,7 @@ use crate::bf16::Work;
 use crate::simd::Level;
 use crate::simd::dispatch;
 
+use super::moved::Moved;
 use super::sparse::{ESCAPE_BF16, ESCAPE_CODE};
 
 /// Elements that the choice looks at: tensors up to this size are looked at whole.
@@ -81,52 +82,60 @@ impl Sample {
         }
     }
 
-    /// The codec with the fewest bytes among those that the caller allows.
-    pub fn choose(self, choice: Choice, double: bool) -> Codec {
-        let (seen, moved) = (self.seen.max(1) as f64, self.moved as f64);
+    /// The codec with the fewest bytes among those that the caller allows. The sample is empty again then.
+    pub fn choose(&mut self, choice: Choice, double: bool) -> Codec {
+        let (looked, moved, short) = (self.seen.max(1) as f64, self.moved as f64, self.short as f64);
+        (self.seen, self.moved, self.short) = (0, 0, 0);
+        let frequent = self.frequent();
         let work = if double { 8.0 } else { 4.0 };
         if double {
-            let sparse = seen / 8.0 + moved * work;
-            let dense = choice == Choice::Dense || (choice == Choice::Auto && seen * work <= sparse);
+            let sparse = looked / 8.0 + moved * work;
+            let dense = choice == Choice::Dense || (choice == Choice::Auto && looked * work <= sparse);
             return if dense { Codec::Dense } else { Codec::Plain };
         }
-        let palette = Palette::of(&self.counts);
-        let coded: u64 = palette
-            .codes
-            .iter()
-            .zip(&self.counts)
-            .filter(|(c, _)| **c != ESCAPE_CODE)
-            .map(|(_, n)| u64::from(*n))
-            .sum();
-        let dense = seen * if self.short == self.moved { 2.0 } else { work };
-        let bitmap = seen / 8.0;
+        let coded = frequent.iter().map(|&(_, n)| f64::from(n)).sum::<f64>();
+        let dense = looked * if short == moved { 2.0 } else { work };
+        let bitmap = looked / 8.0;
         let costs = [
-            bitmap + moved + 4.0 * (moved - coded as f64) + 4.0 * palette.values.len() as f64,
-            bitmap + 2.0 * moved + 4.0 * (moved - self.short as f64),
+            bitmap + moved + 4.0 * (moved - coded) + 4.0 * frequent.len() as f64,
+            bitmap + 2.0 * moved + 4.0 * (moved - short),
             bitmap + 4.0 * moved,
         ];
         let least = costs.iter().copied().fold(f64::INFINITY, f64::min);
         match choice {
             Choice::Dense => Codec::Dense,
             Choice::Auto if dense <= least => Codec::Dense,
-            _ if costs[0] == least => Codec::Palette(Box::new(palette)),
+            _ if costs[0] == least => Codec::Palette(Box::new(Palette::of(&frequent))),
             _ if costs[1] == least => Codec::Bf16,
             _ => Codec::Plain,
         }
     }
+
+    /// The 255 most frequent values and how often each was seen; among equals the smaller bits. Counts begin anew.
+    fn frequent(&mut self) -> Vec<(u16, u32)> {
+        let mut seen = Vec::new();
+        for (i, counts) in self.counts.chunks_mut(64).enumerate() {
+            // Most of what a format can say does not occur.
+            if counts.iter().all(|&n| n == 0) {
+                continue;
+            }
+            let own = counts.iter().enumerate().filter(|(_, n)| **n > 0);
+            seen.extend(own.map(|(j, &n)| ((i * 64 + j) as u16, n)));
+            counts.fill(0);
+        }
+        seen.sort_by_key(|&(bits, n)| (std::cmp::Reverse(n), bits));
+        seen.truncate(usize::from(ESCAPE_CODE));
+        seen
+    }
 }
 
 impl Palette {
-    /// The 255 most frequent values; among equals the smaller bits.
-    fn of(counts: &[u32]) -> Self {
-        let mut seen: Vec<u16> = (0..=u16::MAX).filter(|&b| counts[usize::from(b)] > 0).collect();
-        seen.sort_by_key(|&b| (std::cmp::Reverse(counts[usize::from(b)]), b));
-        seen.truncate(usize::from(ESCAPE_CODE));
+    fn of(frequent: &[(u16, u32)]) -> Self {
         let mut codes = Box::new([ESCAPE_CODE; 1 << 16]);
-        for (code, &bits) in seen.iter().enumerate() {
+        for (code, &(bits, _)) in frequent.iter().enumerate() {
             codes[usize::from(bits)] = code as u8;
         }
-        Self { values: seen.iter().map(|&b| f32::from_bits(u32::from(b) << 16)).collect(), codes }
+        Self { values: frequent.iter().map(|&(bits, _)| f32::from_bits(u32::from(bits) << 16)).collect(), codes }
     }
 }
 
@@ -171,6 +180,18 @@ impl Packed {
         self.squares.clear();
         self.residual.clear();
         (self.moved, self.max, self.max_at, self.inexact, self.long) = (0, 0.0, None, 0, false);
+    }
+
+    /// Counts what moved of at most MICRO elements, and finds the largest, from an element on. Whether all are finite.
+    pub fn measure<W: Work>(&mut self, level: Level, moved: &Moved<W>, from: u64) -> bool {
+        let (max, finite) = dispatch::extreme(level, moved.values());
+        if max.to_f64() > self.max {
+            self.max = max.to_f64();
+            let nth = moved.values().iter().position(|v| v.abs() == max);
+            self.max_at = nth.map(|nth| from + moved.position(nth) as u64);
+        }
+        self.moved += moved.values().len() as u64;
+        finite
     }
 
     /// Writes the values of at most MICRO differences, all for a dense tensor and otherwise those that moved, with their bitmap.

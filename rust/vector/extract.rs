@@ -1,25 +1,27 @@
 //! Making a vector folder: one pass over the donors, encoded, checked element by element, and written in order.
 
+use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use super::assembly::{Assembly, RUN, Tensor};
+use super::assembly::{Assembly, Pending, RUN, Tensor};
 use super::encode::{Choice, Codec, Packed, SAMPLE, Sample};
 use super::format::{CONFIG, Encoding, Row, VERSION};
 use super::lowrank;
+use super::moved::Moved;
 use super::wide::correction;
 use crate::bf16::{Element, Work};
 use crate::dtype::Dtype;
 use crate::operand::{Placement, Reader, Source, Substitute, Term, Typed, first_nonfinite, gather_corrections};
 use crate::plan::{Operands, Ref, Settings, TermPlan, dtype, elements, noises, scale_noise};
 use crate::simd::Level;
-use crate::simd::dispatch::{self, Extent, MICRO, Moves, with_element};
+use crate::simd::dispatch::{self, MICRO, with_element};
 use crate::store::map::Pool;
 use crate::store::writer::write_whole;
 use crate::store::{Algorithm, TensorView};
-use crate::stream::{BLOCK, Budget, Control, Grid, Tile, Turn, pass};
+use crate::stream::{BLOCK, Budget, Control, Grid, Line, Tile, pass};
 use crate::{Error, Result};
 
 /// A vector to write.
@@ -84,7 +86,8 @@ struct Job {
     double: bool,
     rebuild: bool,
     factors: Option<Factors>,
-    codec: OnceLock<Codec>,
+    /// Chosen when its first tile is made, and let go with its last: a palette is large, and there are many tensors.
+    codec: Mutex<Option<Arc<Codec>>>,
 }
 
 impl Job {
@@ -165,7 +168,7 @@ fn prepare(plan: &ExtractPlan, operands: Operands<'_>) -> Result<Vec<Job>> {
             _ => false,
         };
         let rebuild = rebuild && factors.is_none();
-        let codec = factors.as_ref().map_or_else(OnceLock::new, |_| OnceLock::from(Codec::LowRank));
+        let codec = Mutex::new(factors.as_ref().map(|_| Arc::new(Codec::LowRank)));
         jobs.push(Job {
             name: t.name.clone(),
             shape: t.shape.clone(),
@@ -202,7 +205,7 @@ pub fn extract(plan: &ExtractPlan, operands: Operands<'_>, control: &Control) ->
     );
     let per_block = jobs.iter().map(block_memory).max().unwrap_or(1);
     // Scratch, the sample, and of bitmap and values what grows and what is being written.
-    let fixed = (MICRO * 28) as u64 + (1 << 16) * 5 + 4 * RUN as u64;
+    let fixed = (MICRO * 32) as u64 + (1 << 16) * 5 + 4 * RUN as u64;
     let budget = Budget::share(plan.settings.memory_budget, plan.settings.threads(), fixed, per_block, 1);
     let run = Run {
         plan,
@@ -211,7 +214,8 @@ pub fn extract(plan: &ExtractPlan, operands: Operands<'_>, control: &Control) ->
         grid: Grid::new(jobs.iter().map(|j| j.elements).collect(), budget.blocks_per_tile),
         jobs: &jobs,
         assembly: Mutex::new(assembly),
-        turn: Turn::default(),
+        line: Line::new(budget.threads),
+        spare: Mutex::default(),
     };
     control.expect(jobs.iter().map(Job::bytes).sum());
     let passed = pass::run(
@@ -223,7 +227,7 @@ pub fn extract(plan: &ExtractPlan, operands: Operands<'_>, control: &Control) ->
         |scratch, number, tile| {
             let result = run.tile(scratch, number, tile);
             if result.is_err() {
-                run.turn.give_up();
+                run.line.give_up();
             }
             result
         },
@@ -255,17 +259,26 @@ fn block_memory(job: &Job) -> u64 {
     let product = job.factors.as_ref().and_then(|f| f.product.as_ref());
     // What is stored beside what it stands for.
     let product = product.map_or(0, |p| p.memory().1) + if job.factors.is_some() { 2 * work * BLOCK } else { 0 };
-    (work + 1 + read) * BLOCK + BLOCK / 8 + scratch + by_block + product
+    // What is encoded waits for its turn while the next tile is.
+    let packed = 2 * ((work + 1) * BLOCK + BLOCK / 8);
+    packed + read * BLOCK + scratch + by_block + product
 }
 
 #[derive(Default)]
 struct Scratch {
     pool: Pool,
-    packed: Packed,
-    single: Vec<f32>,
-    double: Vec<f64>,
+    sample: Sample,
+    single: Buffers<f32>,
+    double: Buffers<f64>,
     rebuilt: Vec<u8>,
     corrections: Vec<(u32, f64)>,
+}
+
+/// The buffers of one work type.
+#[derive(Default)]
+struct Buffers<W> {
+    update: Vec<W>,
+    moved: Moved<W>,
 }
 
 struct Run<'a> {
@@ -275,59 +288,79 @@ struct Run<'a> {
     grid: Grid,
     jobs: &'a [Job],
     assembly: Mutex<Assembly<'a>>,
-    turn: Turn,
+    line: Line<Ready>,
+    /// Emptied, for workers whose tiles wait in line.
+    spare: Mutex<Vec<Packed>>,
+}
+
+/// A tile that is encoded; one of a tensor of zeros has no codec.
+struct Ready {
+    tile: Tile,
+    packed: Packed,
+    codec: Option<Arc<Codec>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<'a> Run<'a> {
     fn tile(&self, scratch: &mut Scratch, number: usize, tile: &Tile) -> Result<()> {
         let job = &self.jobs[tile.tensor];
-        let Scratch { pool, packed, single, double, rebuilt, corrections } = scratch;
-        packed.clear();
+        let Scratch { pool, sample, single, double, rebuilt, corrections } = scratch;
+        let mut packed = lock(&self.spare).pop().unwrap_or_default();
         let codec = if let Some(factors) = &job.factors {
             if job.double {
-                self.measure(job, factors, tile, pool, double, packed)?;
+                self.measure(job, factors, tile, pool, double, &mut packed)?;
             } else {
-                self.measure(job, factors, tile, pool, single, packed)?;
+                self.measure(job, factors, tile, pool, single, &mut packed)?;
             }
-            job.codec.get()
+            lock(&job.codec).clone()
         } else if job.terms.is_empty() {
             self.check_equal(job, tile, pool)?;
             None
         } else if job.double {
-            let codec = self.codec(job, pool, double)?;
-            with_element!(job.dtype, E => self.encode::<E, f64>(job, tile, codec, pool, double, rebuilt, corrections, packed)?);
+            let codec = self.codec(job, pool, sample, double)?;
+            with_element!(job.dtype, E => self.encode::<E, f64>(job, tile, &codec, pool, double, rebuilt, corrections, &mut packed)?);
             Some(codec)
         } else {
-            let codec = self.codec(job, pool, single)?;
-            with_element!(job.dtype, E => self.encode::<E, f32>(job, tile, codec, pool, single, rebuilt, corrections, packed)?);
+            let codec = self.codec(job, pool, sample, single)?;
+            with_element!(job.dtype, E => self.encode::<E, f32>(job, tile, &codec, pool, single, rebuilt, corrections, &mut packed)?);
             Some(codec)
         };
-        let last = tile.elements.end == job.elements;
-        let pending = self.turn.take(number, self.control, || {
-            let mut assembly = self.assembly.lock().unwrap_or_else(PoisonError::into_inner);
-            let Some(codec) = codec else {
-                if last {
-                    assembly.zero(job.row());
-                }
-                return Ok(None);
-            };
-            if tile.elements.start == 0 {
-                assembly.begin(Tensor { row: job.row(), codec, double: job.double, factors: job.parts() })?;
-            }
-            let pending = assembly.add(packed, last)?;
-            if last {
-                assembly.end()?;
-            }
-            Ok(pending)
-        })?;
-        if let Some(pending) = pending {
-            pending.write()?;
-        }
+        let ready = Ready { tile: tile.clone(), packed, codec };
+        self.line.join(number, ready, self.control, |ready| self.assemble(ready))?;
         if job.elements > 0 {
             let share = job.bytes() as u128 * (tile.elements.end - tile.elements.start) as u128 / job.elements as u128;
             self.control.advance(share as u64);
         }
         Ok(())
+    }
+
+    /// Adds the next tile to the files.
+    fn assemble(&self, ready: Ready) -> Result<()> {
+        let Ready { tile, mut packed, codec } = ready;
+        let job = &self.jobs[tile.tensor];
+        let last = tile.elements.end == job.elements;
+        let mut assembly = lock(&self.assembly);
+        let Some(codec) = codec else {
+            if last {
+                assembly.zero(job.row());
+            }
+            return Ok(());
+        };
+        if tile.elements.start == 0 {
+            assembly.begin(Tensor { row: job.row(), codec, double: job.double, factors: job.parts() })?;
+        }
+        let pending = assembly.add(&packed, last)?;
+        if last {
+            assembly.end()?;
+            lock(&job.codec).take();
+        }
+        drop(assembly);
+        packed.clear();
+        lock(&self.spare).push(packed);
+        pending.map_or(Ok(()), Pending::write)
     }
 
     fn check_equal(&self, job: &Job, tile: &Tile, pool: &Pool) -> Result<()> {
@@ -353,12 +386,18 @@ impl<'a> Run<'a> {
     }
 
     /// The tensor's codec: chosen once, from an even sample, by whichever worker needs it first.
-    fn codec<W: Work>(&self, job: &'a Job, pool: &Pool, buffer: &mut Vec<W>) -> Result<&'a Codec> {
-        if let Some(codec) = job.codec.get() {
-            return Ok(codec);
+    fn codec<W: Work>(
+        &self,
+        job: &Job,
+        pool: &Pool,
+        sample: &mut Sample,
+        buffers: &mut Buffers<W>,
+    ) -> Result<Arc<Codec>> {
+        let mut chosen = lock(&job.codec);
+        if let Some(codec) = &*chosen {
+            return Ok(codec.clone());
         }
-        let mut sample = Sample::default();
-        let (mut bits, mut picked) = ([0u8; MICRO / 8], [W::ZERO; MICRO + 64]);
+        let Buffers { update: buffer, moved } = buffers;
         // A shuffle is defined on whole blocks, and has mixed what is in them.
         let shuffled = job.terms.iter().any(|t| matches!(t.substitute, Some(Substitute::Shuffle { .. })));
         let span = if shuffled { BLOCK } else { MICRO as u64 };
@@ -372,13 +411,11 @@ impl<'a> Run<'a> {
             let mut readers = open(&job.terms, range.clone(), pool)?;
             accumulate(&mut readers, self.level, u, range)?;
             for u in u.chunks(MICRO) {
-                let words = &mut bits[..u.len().div_ceil(64) * 8];
-                dispatch::flag(self.level, words, u);
-                let count = dispatch::pick(self.level, &mut picked, words, u);
-                sample.look(u.len(), &picked[..count]);
+                moved.take(self.level, u);
+                sample.look(u.len(), moved.values());
             }
         }
-        Ok(job.codec.get_or_init(|| sample.choose(self.plan.encoding, job.double)))
+        Ok(chosen.insert(Arc::new(sample.choose(self.plan.encoding, job.double))).clone())
     }
 
     /// Looks at what a low-rank tensor holds, and at what it leaves out.
@@ -388,13 +425,14 @@ impl<'a> Run<'a> {
         factors: &Factors,
         tile: &Tile,
         pool: &Pool,
-        buffer: &mut Vec<W>,
+        buffers: &mut Buffers<W>,
         packed: &mut Packed,
     ) -> Result<()> {
         let level = self.level;
         let stored = factors.product.as_slice();
         let mut readers =
             [open::<W>(stored, tile.elements.clone(), pool)?, open(&job.terms, tile.elements.clone(), pool)?];
+        let Buffers { update: buffer, moved } = buffers;
         buffer.resize(2 * BLOCK as usize, W::ZERO);
         for (_, block) in tile.blocks() {
             let n = (block.end - block.start) as usize;
@@ -406,7 +444,8 @@ impl<'a> Run<'a> {
             let (mut squares, mut residual) = (0.0, 0.0);
             for (i, (x, y)) in x[..n].chunks(MICRO).zip(y[..n].chunks_mut(MICRO)).enumerate() {
                 let from = block.start + (i * MICRO) as u64;
-                let Extent { max, moved, finite, squares: here } = dispatch::extent(level, x);
+                moved.take(level, x);
+                let finite = packed.measure(level, moved, from);
                 y.iter_mut().zip(x).for_each(|(y, &x)| *y = *y - x);
                 let left_out = dispatch::dot(level, y, y);
                 let sound = finite && left_out.is_finite();
@@ -418,13 +457,8 @@ impl<'a> Run<'a> {
                         }
                     }
                 }
-                if max.to_f64() > packed.max {
-                    packed.max = max.to_f64();
-                    packed.max_at = x.iter().position(|v| v.abs() == max).map(|p| from + p as u64);
-                }
-                squares += here;
+                squares += moved.squares(level);
                 residual += left_out;
-                packed.moved += moved;
             }
             packed.squares.push(squares);
             packed.residual.push(residual);
@@ -440,7 +474,7 @@ impl<'a> Run<'a> {
         tile: &Tile,
         codec: &Codec,
         pool: &Pool,
-        buffer: &mut Vec<W>,
+        buffers: &mut Buffers<W>,
         rebuilt: &mut Vec<u8>,
         corrections: &mut Vec<(u32, f64)>,
         packed: &mut Packed,
@@ -448,57 +482,48 @@ impl<'a> Run<'a> {
         let level = self.level;
         let mut readers = open::<W>(&job.terms, tile.elements.clone(), pool)?;
         let span = if job.terms.iter().any(Term::by_block) { BLOCK } else { MICRO as u64 };
+        let Buffers { update: buffer, moved } = buffers;
         buffer.resize(buffer.len().max(span as usize), W::ZERO);
         rebuilt.resize(MICRO * E::SIZE, 0);
-        let mut bits = [0u8; MICRO / 8];
-        let mut picked = [W::ZERO; MICRO + 64];
         let sparse = !matches!(codec, Codec::Dense);
-        // Two donors of one format, few of whose elements differ: one walk tells what moved, and the rest is told from that.
-        let one_walk = sparse && job.rebuild && negative_dtype(&job.terms[0]) == Some(job.dtype);
+        // Two donors of one format, few of whose elements differ: what does tells the rest.
+        let few_differ = sparse && job.rebuild && negative_dtype(&job.terms[0]) == Some(job.dtype);
         for (number, block) in tile.blocks() {
             let (mut squares, before) = (0.0, (packed.moved, packed.escapes.len(), packed.wide_at.len()));
-            let mut at = block.start;
-            while at < block.end {
-                let end = (at + span).min(block.end);
-                let buffer = &mut buffer[..(end - at) as usize];
-                if !one_walk {
-                    accumulate(&mut readers, level, buffer, at..end)?;
+            for part in spans(block.clone(), span) {
+                let buffer = &mut buffer[..(part.end - part.start) as usize];
+                if !few_differ {
+                    accumulate(&mut readers, level, buffer, part.clone())?;
                 }
                 for (i, u) in buffer.chunks_mut(MICRO).enumerate() {
-                    let from = at + (i * MICRO) as u64;
+                    let from = part.start + (i * MICRO) as u64;
                     let range = from..from + u.len() as u64;
-                    let words = &mut bits[..u.len().div_ceil(64) * 8];
                     let donors = if job.rebuild { readers[0].donors(&range) } else { None };
-                    let moves = match donors {
-                        Some([p, n]) if one_walk => dispatch::moves::<E, W>(level, u, p.1, n.1),
-                        _ => Moves { squares: dispatch::dot(level, u, u), rebuilds: false },
+                    let leads_back = match donors {
+                        Some([p, n]) if few_differ => {
+                            let leads_back = moved.compare::<E>(level, p.1, n.1);
+                            if leads_back != Some(true) {
+                                dispatch::difference::<E, W>(level, u, p.1, n.1, W::from_f64(1.0), true);
+                            }
+                            leads_back
+                        }
+                        _ => None,
                     };
-                    let moved = dispatch::flag(level, words, u);
-                    let kept = if sparse {
-                        let count = dispatch::pick(level, &mut picked, words, u);
-                        &picked[..count]
-                    } else {
-                        &*u
-                    };
-                    let (max, finite) = dispatch::extreme(level, kept);
-                    if !finite
+                    if leads_back.is_none() {
+                        moved.take(level, u);
+                    }
+                    if !packed.measure(level, moved, from)
                         && !self.plan.allow_nonfinite
                         && let Some(e) = first_nonfinite::<W>(&job.name, &[], &job.terms, level, range, pool)?
                     {
                         return Err(e);
                     }
-                    if max.to_f64() > packed.max {
-                        packed.max = max.to_f64();
-                        packed.max_at = u.iter().position(|v| v.abs() == max).map(|p| from + p as u64);
-                    }
-                    squares += moves.squares;
-                    packed.moved += moved;
-                    packed.pack(level, codec, kept, words);
-                    if let (Some(donors), false) = (donors, moves.rebuilds) {
+                    squares += moved.squares(level);
+                    packed.pack(level, codec, if sparse { moved.values() } else { u }, moved.bits());
+                    if let (Some(donors), false) = (donors, leads_back == Some(true)) {
                         prove::<E, W>(packed, level, donors, u, rebuilt, (from - block.start) as u32);
                     }
                 }
-                at = end;
             }
             // Stored vectors bring corrections along; a difference of two tensors makes its own.
             gather_corrections(&readers, number, corrections)?;
@@ -517,7 +542,12 @@ impl<'a> Run<'a> {
     }
 }
 
-fn open<'t, W: Work>(terms: &'t [Term], elements: std::ops::Range<u64>, pool: &'t Pool) -> Result<Vec<Reader<'t, W>>> {
+fn spans(elements: Range<u64>, length: u64) -> impl Iterator<Item = Range<u64>> {
+    let end = elements.end;
+    elements.step_by(length as usize).map(move |at| at..(at + length).min(end))
+}
+
+fn open<'t, W: Work>(terms: &'t [Term], elements: Range<u64>, pool: &'t Pool) -> Result<Vec<Reader<'t, W>>> {
     terms.iter().map(|t| t.open::<W>(elements.clone(), pool)).collect()
 }
 
@@ -525,7 +555,7 @@ fn accumulate<W: Work>(
     readers: &mut [Reader<'_, W>],
     level: Level,
     into: &mut [W],
-    elements: std::ops::Range<u64>,
+    elements: Range<u64>,
 ) -> Result<()> {
     for (i, reader) in readers.iter_mut().enumerate() {
         reader.add(level, into, elements.clone(), i == 0)?;

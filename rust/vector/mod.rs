@@ -5,6 +5,7 @@ pub mod encode;
 pub mod extract;
 pub mod format;
 pub mod lowrank;
+mod moved;
 pub mod sparse;
 pub mod stored;
 pub mod wide;

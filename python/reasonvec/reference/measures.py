@@ -146,7 +146,8 @@ class Extent:
     moved: int
     """Elements that are not zero."""
     norm: float
-    """Square root of the sum of squares, in the fixed order."""
+    """Square root of the sum of squares: of the elements of each MICRO that are not zero, one behind
+    the other, in the order of `fixed_dot`."""
     max: float
     """The largest absolute value; NaN counts as none."""
     max_at: int | None
@@ -162,7 +163,9 @@ def extent(v: Work) -> Extent:
     size = np.where(np.isnan(v), 0, np.abs(v))
     at = int(size.argmax()) if size.any() else None
     largest = 0.0 if at is None else float(size[at])
-    return Extent(int(np.count_nonzero(v != 0)), math.sqrt(fixed_dot(v, v)), largest, at)
+    rows = _filled(v, -(-v.size // MICRO))
+    moved = np.take_along_axis(rows, np.argsort(rows == 0, axis=1, kind="stable"), axis=1).ravel()
+    return Extent(int(np.count_nonzero(v != 0)), math.sqrt(fixed_dot(moved, moved)), largest, at)
 
 
 @dataclass(frozen=True)

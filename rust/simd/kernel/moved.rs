@@ -1,7 +1,7 @@
 //! What a sparse vector is made of: which elements moved, their values, and the proof that they lead back.
 
-use super::measure::{dot, dot_again, holds, join, largest};
-use super::{GROUP, LANES, MICRO, elements, filled};
+use super::measure::{dot, largest};
+use super::{elements, filled};
 use crate::bf16::{Element, Work};
 
 /// What there is to know of some differences.
@@ -56,70 +56,54 @@ pub fn flag_word<W: Work>(x: &[W; 64]) -> u64 {
     x.iter().enumerate().fold(0, |word, (j, &x)| word | u64::from(x != W::ZERO) << j)
 }
 
-/// What there is to know of the differences of two tensors of one format.
-#[derive(Debug, Clone, Copy)]
-pub struct Moves {
-    /// Sum of squares, in the order of [`dot`]. Not finite if some difference is not.
-    pub squares: f64,
-    /// What [`rebuilds`] says.
-    pub rebuilds: bool,
-}
+/// An element of a 16-bit format, as it is stored.
+pub type Half = [u8; 2];
 
-/// `u = p - n` for at most MICRO elements: what [`difference`](super::difference), [`dot`] and [`rebuilds`] do together, in one walk.
+/// Finds where two tensors of one 16-bit format differ in bits: [`flag`]s them, and writes what each tensor has there one behind the other, as
+/// [`pick`] does. How many do. `word` does so for 64.
 #[inline(always)]
-pub fn moves<E: Element, W: Work>(u: &mut [W], p: &[u8], n: &[u8]) -> Moves {
-    let mut differs = [W::Magnitude::default(); LANES];
-    // Summed behind the loop: in it, compilers take the lanes apart.
-    let mut fours = [[W::ZERO; LANES]; MICRO / GROUP];
-    let groups = u.len().div_ceil(GROUP);
-    let (whole, rest) = u.as_chunks_mut::<GROUP>();
-    let size = GROUP * E::SIZE;
-    for (((u, fours), p), n) in whole.iter_mut().zip(&mut fours).zip(p.chunks_exact(size)).zip(n.chunks_exact(size)) {
-        let at = |bytes: &[u8], i: usize| W::widen(E::load(&bytes[i * E::SIZE..(i + 1) * E::SIZE]));
-        *fours = move_group(u, &mut differs, |i| (at(p, i), at(n, i)));
-    }
-    if let (false, Some(fours)) = (rest.is_empty(), fours.get_mut(groups - 1)) {
-        let widened = |bytes: &[u8]| {
-            let mut group = [W::ZERO; GROUP];
-            let from = whole.len() * size;
-            group.iter_mut().zip(elements::<E>(&bytes[from..])).for_each(|(w, e)| *w = W::widen(e));
-            group
-        };
-        let (p, n, mut group) = (widened(p), widened(n), [W::ZERO; GROUP]);
-        *fours = move_group(&mut group, &mut differs, |i| (p[i], n[i]));
-        rest.copy_from_slice(&group[..rest.len()]);
-    }
-    let mut lanes = [0.0; LANES];
-    for fours in &fours[..groups] {
-        for j in 0..LANES {
-            lanes[j] += fours[j].to_f64();
+pub fn differing(
+    bits: &mut [u8],
+    [into_p, into_n]: [&mut [Half]; 2],
+    [p, n]: [&[Half]; 2],
+    word: impl Fn([&mut [Half; 64]; 2], [&[Half; 64]; 2]) -> u64,
+) -> usize {
+    let ((whole_p, rest_p), (whole_n, rest_n)) = (p.as_chunks::<64>(), n.as_chunks::<64>());
+    let filled = |rest: &[Half]| {
+        let mut all = [[0; 2]; 64];
+        all[..rest.len()].copy_from_slice(rest);
+        all
+    };
+    let rest = [filled(rest_p), filled(rest_n)];
+    let last = (!rest_p.is_empty()).then_some((&rest[0], &rest[1]));
+    let mut at = 0;
+    for (bytes, (p, n)) in bits.as_chunks_mut::<8>().0.iter_mut().zip(whole_p.iter().zip(whole_n).chain(last)) {
+        if let (Some(into_p), Some(into_n)) = (into_p[at..].first_chunk_mut(), into_n[at..].first_chunk_mut()) {
+            let word = word([into_p, into_n], [p, n]);
+            *bytes = word.to_le_bytes();
+            at += word.count_ones() as usize;
         }
     }
-    let differs = differs.iter().fold(W::Magnitude::default(), |all, &d| all | d);
-    let found = join(&lanes);
-    let squares = if holds::<W>(found) { found } else { dot_again(u, u, found) };
-    Moves { squares, rebuilds: differs == W::Magnitude::default() }
+    at
 }
 
-/// A group of [`moves`]: the differences, and the sums of four squares each.
+/// What [`differing`] writes of 64 elements, of which these differ.
 #[inline(always)]
-fn move_group<W: Work>(
-    u: &mut [W; GROUP],
-    differs: &mut [W::Magnitude; LANES],
-    pair: impl Fn(usize) -> (W, W),
-) -> [W; LANES] {
-    let mut squares = [[W::ZERO; LANES]; GROUP / LANES];
-    for (q, squares) in squares.iter_mut().enumerate() {
-        for j in 0..LANES {
-            let (p, n) = pair(q * LANES + j);
-            let d = p - n;
-            u[q * LANES + j] = d;
-            let sum = if d == W::ZERO { n } else { n + d };
-            differs[j] = differs[j] | (sum.bits() ^ p.bits());
-            squares[j] = d * d;
-        }
-    }
-    std::array::from_fn(|j| (squares[0][j] + squares[1][j]) + (squares[2][j] + squares[3][j]))
+pub fn pick_pair([into_p, into_n]: [&mut [Half; 64]; 2], [p, n]: [&[Half; 64]; 2], word: u64) {
+    pick_word(into_p, word, p);
+    pick_word(into_n, word, n);
+}
+
+/// The bits of elements that differ.
+#[inline(always)]
+pub fn differ_word(p: &[Half; 64], n: &[Half; 64]) -> u64 {
+    p.iter().zip(n).enumerate().fold(0, |word, (j, (p, n))| word | u64::from(p != n) << j)
+}
+
+/// Whether all elements are finite.
+#[inline(always)]
+pub fn all_finite<E: Element>(x: &[u8]) -> bool {
+    elements::<E>(x).fold(true, |all, x| all & x.finite())
 }
 
 /// Elements of [`pick`] that are written before anybody counts: in a tensor that RL moved, a word of 64 seldom has more.
@@ -155,7 +139,7 @@ pub fn pick<W: Work>(
 
 /// [`pick`] for 64 elements.
 #[inline(always)]
-pub fn pick_word<W: Work>(into: &mut [W; 64], mut word: u64, x: &[W; 64]) -> usize {
+pub fn pick_word<T: Copy>(into: &mut [T; 64], mut word: u64, x: &[T; 64]) -> usize {
     let count = word.count_ones() as usize;
     let (likely, more) = into.split_at_mut(LIKELY);
     for o in likely {
@@ -185,30 +169,22 @@ pub fn rebuilds<E: Element, W: Work>(p: &[u8], n: &[u8], u: &[W]) -> bool {
     differs == W::Magnitude::default()
 }
 
-/// The code of each value: by the upper half of its bits as an f32, and all bits set where the lower half is not empty.
+/// The code of each value: by the upper half of its bits as an f32, and the last of the table, which is a NaN's, where the lower half is not empty.
 ///
-/// What can be done to many at a time goes before and after what cannot: the table.
+/// What can be done to many at a time goes before what cannot: the table.
 #[inline(always)]
 pub fn encode<W: Work>(codes: &mut [u8], values: &[W], table: &[u8; 1 << 16]) {
-    let ((whole, rest), (codes, last)) = (values.as_chunks::<GROUP>(), codes.as_chunks_mut::<GROUP>());
-    for (codes, values) in codes.iter_mut().zip(whole) {
-        *codes = encode_group(values, table);
+    let mut keys = [0; KEYS];
+    for (codes, values) in codes.chunks_mut(KEYS).zip(values.chunks(KEYS)) {
+        for (key, &v) in keys.iter_mut().zip(values) {
+            let bits = (v.to_f64() as f32).to_bits();
+            *key = (bits >> 16) as u16 | if bits & 0xFFFF == 0 { 0 } else { u16::MAX };
+        }
+        for (code, &key) in codes.iter_mut().zip(&keys) {
+            *code = table[usize::from(key)];
+        }
     }
-    last.copy_from_slice(&encode_group(&filled(rest), table)[..rest.len()]);
 }
 
-#[inline(always)]
-fn encode_group<W: Work>(values: &[W; GROUP], table: &[u8; 1 << 16]) -> [u8; GROUP] {
-    let (mut keys, mut codes) = ([0u16; GROUP], [0u8; GROUP]);
-    let bits = |v: W| (v.to_f64() as f32).to_bits();
-    for (key, &v) in keys.iter_mut().zip(values) {
-        *key = (bits(v) >> 16) as u16;
-    }
-    for (code, key) in codes.iter_mut().zip(keys) {
-        *code = table[usize::from(key)];
-    }
-    for (code, &v) in codes.iter_mut().zip(values) {
-        *code |= if bits(v) & 0xFFFF == 0 { 0 } else { u8::MAX };
-    }
-    codes
-}
+/// Values that [`encode`] makes keys of before it looks them up.
+const KEYS: usize = 256;
