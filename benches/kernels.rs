@@ -82,8 +82,6 @@ fn encode<E: Element>(c: &mut Criterion, format: &str) {
                     dispatch::differing(level, &mut bits, [into_p, into_n], black_box(pair()))
                 });
             });
-            group::<E>(c, "all finite", format, 2)
-                .bench_function(name, |b| b.iter(|| dispatch::all_finite::<E>(level, black_box(&n))));
         }
         group::<E>(c, "encode", format, 2).bench_function(name, |b| {
             b.iter(|| dispatch::encode(level, &mut codes, black_box(&picked[..MICRO / 8]), &table));

@@ -126,44 +126,57 @@ pub fn flag<W: Work>(level: Level, bits: &mut [u8], x: &[W]) -> u64 {
     kernel::flag(bits, x, kernel::flag_word)
 }
 
-/// [`kernel::differing`] at a level: as [`flag`] and [`pick`], where processors compare and move 16-bit elements.
+/// [`kernel::differing`] at a level, and the largest magnitude in the second tensor, as the bits of an integer: as [`flag`] and [`pick`], where
+/// processors compare and move 16-bit elements.
 #[allow(unsafe_code)]
 #[inline]
-pub fn differing(level: Level, bits: &mut [u8], into: [&mut [Half]; 2], pair: [&[Half]; 2]) -> usize {
+pub fn differing(level: Level, bits: &mut [u8], into: [&mut [Half]; 2], pair: [&[Half]; 2]) -> (usize, u16) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{
-            __m256i, _mm256_cmpeq_epi16, _mm256_loadu_si256, _mm256_movemask_epi8, _mm256_packs_epi16,
-            _mm256_permute4x64_epi64, _mm512_cmpneq_epi16_mask, _mm512_loadu_si512, _mm512_maskz_compress_epi16,
-            _mm512_storeu_si512,
+            __m256i, _mm256_and_si256, _mm256_cmpeq_epi16, _mm256_loadu_si256, _mm256_max_epu16, _mm256_movemask_epi8,
+            _mm256_packs_epi16, _mm256_permute4x64_epi64, _mm256_set1_epi16, _mm256_setzero_si256, _mm256_storeu_si256,
+            _mm512_and_si512, _mm512_cmpneq_epi16_mask, _mm512_loadu_si512, _mm512_maskz_compress_epi16,
+            _mm512_max_epu16, _mm512_set1_epi16, _mm512_setzero_si512, _mm512_storeu_si512,
         };
         #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
-        fn avx2(bits: &mut [u8], into: [&mut [Half]; 2], pair: [&[Half]; 2]) -> usize {
-            kernel::differing(bits, into, pair, |into, [p, n]| {
+        fn avx2(bits: &mut [u8], into: [&mut [Half]; 2], pair: [&[Half]; 2]) -> (usize, u16) {
+            let mut largest = _mm256_setzero_si256();
+            let count = kernel::differing(bits, into, pair, |into, [p, n]| {
                 let mut word = 0;
                 for (i, (p, n)) in p.as_chunks::<32>().0.iter().zip(n.as_chunks::<32>().0).enumerate() {
-                    let load = |x: &[Half; 32], half: usize| {
+                    let mut same = [_mm256_setzero_si256(); 2];
+                    for (half, same) in same.iter_mut().enumerate() {
                         // SAFETY: one of two halves of sixteen elements of two bytes.
-                        unsafe { _mm256_loadu_si256(x.as_ptr().cast::<__m256i>().add(half)) }
-                    };
-                    let same = |half| _mm256_cmpeq_epi16(load(p, half), load(n, half));
+                        let load =
+                            |x: &[Half; 32]| unsafe { _mm256_loadu_si256(x.as_ptr().cast::<__m256i>().add(half)) };
+                        let n = load(n);
+                        *same = _mm256_cmpeq_epi16(load(p), n);
+                        largest = _mm256_max_epu16(largest, _mm256_and_si256(n, _mm256_set1_epi16(i16::MAX)));
+                    }
                     // Halves of both are packed side by side; then quarters are put in order.
-                    let packed = _mm256_packs_epi16(same(0), same(1));
+                    let packed = _mm256_packs_epi16(same[0], same[1]);
                     let same = _mm256_movemask_epi8(_mm256_permute4x64_epi64::<0b11_01_10_00>(packed)) as u32;
                     word |= u64::from(!same) << (32 * i);
                 }
                 kernel::pick_pair(into, [p, n], word);
                 word
-            })
+            });
+            let mut lanes = [0u16; 16];
+            // SAFETY: sixteen elements of two bytes.
+            unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), largest) };
+            (count, lanes.into_iter().fold(0, u16::max))
         }
         #[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
-        fn avx512(bits: &mut [u8], into: [&mut [Half]; 2], pair: [&[Half]; 2]) -> usize {
-            kernel::differing(bits, into, pair, |into, [p, n]| {
+        fn avx512(bits: &mut [u8], into: [&mut [Half]; 2], pair: [&[Half]; 2]) -> (usize, u16) {
+            let mut largest = _mm512_setzero_si512();
+            let count = kernel::differing(bits, into, pair, |into, [p, n]| {
                 let (mut word, mut at) = (0, 0);
                 for (i, (p, n)) in p.as_chunks::<32>().0.iter().zip(n.as_chunks::<32>().0).enumerate() {
                     // SAFETY: 32 elements of two bytes each.
                     let pair =
                         unsafe { [_mm512_loadu_si512(p.as_ptr().cast()), _mm512_loadu_si512(n.as_ptr().cast())] };
+                    largest = _mm512_max_epu16(largest, _mm512_and_si512(pair[1], _mm512_set1_epi16(i16::MAX)));
                     let mask = _mm512_cmpneq_epi16_mask(pair[0], pair[1]);
                     for k in 0..2 {
                         let picked = _mm512_maskz_compress_epi16(mask, pair[k]);
@@ -174,7 +187,11 @@ pub fn differing(level: Level, bits: &mut [u8], into: [&mut [Half]; 2], pair: [&
                     at += mask.count_ones() as usize;
                 }
                 word
-            })
+            });
+            let mut lanes = [0u16; 32];
+            // SAFETY: 32 elements of two bytes.
+            unsafe { _mm512_storeu_si512(lanes.as_mut_ptr().cast(), largest) };
+            (count, lanes.into_iter().fold(0, u16::max))
         }
         if level.set() == Set::Avx512 && is_x86_feature_detected!("avx512vbmi2") {
             // SAFETY: a `Level` of this set exists only after every other feature named above was detected.
@@ -186,11 +203,12 @@ pub fn differing(level: Level, bits: &mut [u8], into: [&mut [Half]; 2], pair: [&
         }
     }
     let _ = level;
-    kernel::differing(bits, into, pair, |into, [p, n]| {
+    let count = kernel::differing(bits, into, pair, |into, [p, n]| {
         let word = kernel::differ_word(p, n);
         kernel::pick_pair(into, [p, n], word);
         word
-    })
+    });
+    (count, kernel::largest_half(pair[1]))
 }
 
 stamp!(
@@ -268,10 +286,6 @@ stamp!(
 stamp!(
     /// [`kernel::extreme`] at a level.
     extreme [W: Work] (x: &[W]) -> (W, bool)
-);
-stamp!(
-    /// [`kernel::all_finite`] at a level.
-    all_finite [E: Element] (x: &[u8]) -> bool
 );
 stamp!(
     /// [`kernel::encode`] at a level.

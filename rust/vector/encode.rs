@@ -208,19 +208,8 @@ impl Packed {
                 self.values.resize(from + values.len(), 0);
                 let codes = &mut self.values[from..];
                 dispatch::encode(level, codes, values, &palette.codes);
-                let (whole, rest) = codes.as_chunks();
-                for (codes, values) in whole.iter().zip(values.as_chunks::<8>().0) {
-                    let mut left = escapes(codes);
-                    while left != 0 {
-                        let v = values[left.trailing_zeros() as usize / 8];
-                        self.escapes.extend_from_slice(&single(v).to_le_bytes());
-                        left &= left - 1;
-                    }
-                }
-                for (&code, &v) in rest.iter().zip(values.as_chunks::<8>().1) {
-                    if code == ESCAPE_CODE {
-                        self.escapes.extend_from_slice(&single(v).to_le_bytes());
-                    }
+                for at in memchr::memchr_iter(ESCAPE_CODE, codes) {
+                    self.escapes.extend_from_slice(&single(values[at]).to_le_bytes());
                 }
             }
             Codec::Bf16 => put(&mut self.values, values, |v| {
@@ -234,15 +223,6 @@ impl Packed {
         }
         self.bitmap.extend_from_slice(bits);
     }
-}
-
-/// Which codes are escapes, as the highest bits of their bytes. A look at eight, because few are.
-#[inline(always)]
-fn escapes(codes: &[u8; 8]) -> u64 {
-    const { assert!(ESCAPE_CODE == u8::MAX) };
-    let (codes, low) = (u64::from_le_bytes(*codes), u64::from_ne_bytes([0x7F; 8]));
-    // The lower bits plus one reach the highest one where all of them are set.
-    (codes & low).wrapping_add(u64::from_ne_bytes([1; 8])) & codes & !low
 }
 
 /// Appends what becomes of each value.

@@ -29,14 +29,20 @@ impl<W: Work> Moved<W> {
     /// bit. `None` if it cannot be told from that: where zeros differ by their signs, or an element is not finite.
     pub fn compare<E: Element>(&mut self, level: Level, p: &[u8], n: &[u8]) -> Option<bool> {
         let (halves, []) = p.as_chunks() else { return None };
-        if E::SIZE != size_of::<Half>() || !dispatch::all_finite::<E>(level, n) {
+        let mut infinity = Half::default();
+        if E::SIZE != infinity.len() {
             return None;
         }
+        E::narrow32(f32::INFINITY).store(&mut infinity);
         self.fit(halves.len());
         let [into_p, into_n] = &mut self.donors;
         into_p.resize(ROOM, [0; 2]);
         into_n.resize(ROOM, [0; 2]);
-        self.count = dispatch::differing(level, &mut self.bits, [into_p, into_n], [halves, n.as_chunks().0]);
+        let (count, largest) = dispatch::differing(level, &mut self.bits, [into_p, into_n], [halves, n.as_chunks().0]);
+        if largest >= u16::from_le_bytes(infinity) {
+            return None;
+        }
+        self.count = count;
         let (values, [p, n]) =
             (&mut self.values[..self.count], self.donors.each_ref().map(|d| d[..self.count].as_flattened()));
         dispatch::difference::<E, W>(level, values, p, n, W::from_f64(1.0), true);

@@ -146,8 +146,8 @@ class Extent:
     moved: int
     """Elements that are not zero."""
     norm: float
-    """Square root of the sum of squares: of the elements of each MICRO that are not zero, one behind
-    the other, in the order of `fixed_dot`."""
+    """Square root of the sum of squares: of the elements of each MICRO that are not zero, one
+    behind the other, in the order of `fixed_dot`."""
     max: float
     """The largest absolute value; NaN counts as none."""
     max_at: int | None

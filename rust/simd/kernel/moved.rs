@@ -66,7 +66,7 @@ pub fn differing(
     bits: &mut [u8],
     [into_p, into_n]: [&mut [Half]; 2],
     [p, n]: [&[Half]; 2],
-    word: impl Fn([&mut [Half; 64]; 2], [&[Half; 64]; 2]) -> u64,
+    mut word: impl FnMut([&mut [Half; 64]; 2], [&[Half; 64]; 2]) -> u64,
 ) -> usize {
     let ((whole_p, rest_p), (whole_n, rest_n)) = (p.as_chunks::<64>(), n.as_chunks::<64>());
     let filled = |rest: &[Half]| {
@@ -100,10 +100,10 @@ pub fn differ_word(p: &[Half; 64], n: &[Half; 64]) -> u64 {
     p.iter().zip(n).enumerate().fold(0, |word, (j, (p, n))| word | u64::from(p != n) << j)
 }
 
-/// Whether all elements are finite.
+/// The largest magnitude, as the bits of an integer.
 #[inline(always)]
-pub fn all_finite<E: Element>(x: &[u8]) -> bool {
-    elements::<E>(x).fold(true, |all, x| all & x.finite())
+pub fn largest_half(x: &[Half]) -> u16 {
+    x.iter().fold(0, |largest, &x| largest.max(u16::from_le_bytes(x) & 0x7FFF))
 }
 
 /// Elements of [`pick`] that are written before anybody counts: in a tensor that RL moved, a word of 64 seldom has more.
