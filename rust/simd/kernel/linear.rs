@@ -121,7 +121,7 @@ pub fn finish_as<O: Element, W: Work>(out: &mut [u8], t: &[W], u: &[W]) -> bool 
 /// [`finish`] for a target of the output's format, and the rounding report of at most MICRO elements, in one go: what was rounded is
 /// compared while it is in registers, in groups of [`GROUP`] as [`dot`](super::dot) takes them. Whether all results are finite.
 #[inline(always)]
-pub fn finish_report<E: Element, W: Work>(out: &mut [u8], t: &[u8], u: &[W]) -> (Rounding, bool) {
+pub fn finish_and_report<E: Element, W: Work>(out: &mut [u8], t: &[u8], u: &[W]) -> (Rounding, bool) {
     let (report, largest) = finish_pieces::<E, W, false>(out, t, u);
     if largest < W::limit::<E>() {
         return (report, true);
@@ -174,13 +174,20 @@ fn finish_pieces<E: Element, W: Work, const MINDFUL: bool>(
         lanes = [a, b, c];
     }
     let [intended, realised, dot] = lanes.each_ref().map(join);
-    let mut report = Rounding { intended, realised, dot, updated: u64::from(updated), lost: u64::from(lost) };
+    let report = Rounding { intended, realised, dot, updated: u64::from(updated), lost: u64::from(lost) };
+    (settled::<E, W>(report, out, t, u), largest)
+}
+
+/// A report whose sums [hold](holds), or are made again.
+#[inline(always)]
+pub fn settled<E: Element, W: Work>(mut report: Rounding, out: &[u8], t: &[u8], u: &[W]) -> Rounding {
+    let Rounding { intended, realised, dot, updated, lost } = report;
     // Where nothing is updated, or all of it is lost, sums are zero as they should be.
     let holds = |sum| holds::<W>(sum) || updated == 0;
     if !(holds(intended) && (updated == lost || holds(realised) && holds(dot))) {
         report_again::<E, W>(&mut report, out, t, u);
     }
-    (report, largest)
+    report
 }
 
 /// The sums of a report that do not [hold](holds).

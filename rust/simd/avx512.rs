@@ -1,0 +1,141 @@
+//! What compilers make too much of: the rounding report of bf16, which every element of nearly every output passes through, by the instructions
+//! themselves. Bit for bit what the [kernel](super::kernel) says.
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+use super::kernel::{LANES, MICRO, Rounding, join};
+
+/// Elements of a group, in four vectors.
+const GROUP: usize = 64;
+const VECTOR: usize = 16;
+
+/// Sums of products, lane by lane, as [`super::kernel::dot`] makes them.
+#[derive(Clone, Copy)]
+struct Sum([__m512d; 2]);
+
+impl Sum {
+    #[target_feature(enable = "avx512f,avx512dq")]
+    fn zero() -> Self {
+        Self([_mm512_setzero_pd(); 2])
+    }
+
+    #[target_feature(enable = "avx512f,avx512dq")]
+    fn add(&mut self, a: [__m512; 4], b: [__m512; 4]) {
+        let first = _mm512_add_ps(_mm512_mul_ps(a[0], b[0]), _mm512_mul_ps(a[1], b[1]));
+        let second = _mm512_add_ps(_mm512_mul_ps(a[2], b[2]), _mm512_mul_ps(a[3], b[3]));
+        let fours = _mm512_add_ps(first, second);
+        let halves = [_mm512_castps512_ps256(fours), _mm512_extractf32x8_ps::<1>(fours)];
+        for (lanes, half) in self.0.iter_mut().zip(halves) {
+            *lanes = _mm512_add_pd(*lanes, _mm512_cvtps_pd(half));
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512dq")]
+    fn join(self) -> f64 {
+        let mut lanes = [0.0; LANES];
+        // SAFETY: two vectors of eight.
+        unsafe {
+            _mm512_storeu_pd(lanes.as_mut_ptr(), self.0[0]);
+            _mm512_storeu_pd(lanes.as_mut_ptr().add(LANES / 2), self.0[1]);
+        }
+        join(&lanes)
+    }
+}
+
+/// [`super::kernel::finish_and_report`] of at most MICRO elements of bf16 with updates in f32, before anybody asks whether its sums hold; `None` where an
+/// element, or a sum of squares, is not finite, and `out` is to be made again.
+///
+/// # Panics
+/// The lengths differ.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,popcnt")]
+pub(super) fn finish_report_bf16(out: &mut [u8], t: &[u8], u: &[f32]) -> Option<Rounding> {
+    assert!(out.len() == 2 * u.len() && t.len() == out.len() && u.len() <= MICRO);
+    let mut report = Report { intended: Sum::zero(), realised: Sum::zero(), dot: Sum::zero(), updated: 0, lost: 0 };
+    let ((outs, last_out), (ts, last_t)) = (out.as_chunks_mut(), t.as_chunks());
+    let (us, last_u) = u.as_chunks();
+    for ((out, t), u) in outs.iter_mut().zip(ts).zip(us) {
+        report.group(out, t, u);
+    }
+    if !last_u.is_empty() {
+        // Zeros that are updated by zeros tell nothing.
+        let (mut out, mut t, mut u) = ([0; 2 * GROUP], [0; 2 * GROUP], [0.0; GROUP]);
+        t[..last_t.len()].copy_from_slice(last_t);
+        u[..last_u.len()].copy_from_slice(last_u);
+        report.group(&mut out, &t, &u);
+        last_out.copy_from_slice(&out[..last_t.len()]);
+    }
+    let [intended, realised, dot] = [report.intended.join(), report.realised.join(), report.dot.join()];
+    // What is not finite, as target, update or output, shows in the one sum or the other.
+    (intended.is_finite() && realised.is_finite()).then(|| Rounding {
+        intended,
+        realised,
+        dot,
+        updated: report.updated,
+        lost: report.lost,
+    })
+}
+
+struct Report {
+    intended: Sum,
+    realised: Sum,
+    dot: Sum,
+    updated: u64,
+    lost: u64,
+}
+
+impl Report {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,popcnt")]
+    #[inline]
+    fn group(&mut self, out: &mut [u8; 2 * GROUP], t: &[u8; 2 * GROUP], u: &[f32; GROUP]) {
+        let one = _mm512_set1_epi32(1);
+        let (mut updated, mut still) = (0, 0);
+        let (mut us, mut changes, mut after) = ([_mm512_setzero_ps(); 4], [_mm512_setzero_ps(); 4], [one; 4]);
+        for i in 0..4 {
+            // SAFETY: the vector of a number among four that make a group.
+            let (t, u) = unsafe {
+                let t = _mm256_loadu_si256(t.as_ptr().add(2 * VECTOR * i).cast());
+                (t, _mm512_loadu_ps(u.as_ptr().add(VECTOR * i)))
+            };
+            let before = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(t));
+            let sum = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(before), u));
+            // To nearest even: half a unit less one is added, and the bit that decides ties.
+            let odd = _mm512_test_epi32_mask(sum, _mm512_set1_epi32(1 << 16));
+            let rounded = _mm512_add_epi32(sum, _mm512_set1_epi32(0x7FFF));
+            let rounded = _mm512_mask_add_epi32(rounded, odd, rounded, one);
+            let moves = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(u, _mm512_setzero_ps());
+            after[i] = _mm512_mask_and_epi32(before, moves, rounded, _mm512_set1_epi32(!0xFFFF));
+            let change = _mm512_sub_ps(_mm512_castsi512_ps(after[i]), _mm512_castsi512_ps(before));
+            let lost = _mm512_mask_cmp_ps_mask::<_CMP_EQ_OQ>(moves, change, _mm512_setzero_ps());
+            updated |= u64::from(moves) << (VECTOR * i);
+            still |= u64::from(lost) << (VECTOR * i);
+            (us[i], changes[i]) = (u, change);
+        }
+        self.updated += u64::from(updated.count_ones());
+        self.lost += u64::from(still.count_ones());
+        for (i, after) in after.as_chunks::<2>().0.iter().enumerate() {
+            // The upper half of every element of both.
+            let halves = _mm512_permutex2var_epi16(after[0], upper_halves(), after[1]);
+            // SAFETY: one of two vectors of 64 bytes that make a group.
+            unsafe { _mm512_storeu_si512(out.as_mut_ptr().add(GROUP * i).cast(), halves) };
+        }
+        self.intended.add(us, us);
+        self.realised.add(changes, changes);
+        self.dot.add(us, changes);
+    }
+}
+
+/// The odd 16-bit elements of two vectors.
+#[target_feature(enable = "avx512f")]
+fn upper_halves() -> __m512i {
+    const ODD: [u16; 32] = {
+        let (mut odd, mut i) = ([0; 32], 0);
+        while i < 32 {
+            odd[i] = 2 * i as u16 + 1;
+            i += 1;
+        }
+        odd
+    };
+    // SAFETY: 32 elements of two bytes.
+    unsafe { _mm512_loadu_si512(ODD.as_ptr().cast()) }
+}
