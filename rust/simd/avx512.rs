@@ -67,7 +67,7 @@ pub(super) fn finish_report_bf16(out: &mut [u8], t: &[u8], u: &[f32]) -> Option<
     }
     let [intended, realised, dot] = [report.intended.join(), report.realised.join(), report.dot.join()];
     // What is not finite, as target, update or output, shows in the one sum or the other.
-    (intended.is_finite() && realised.is_finite()).then(|| Rounding {
+    (intended.is_finite() && realised.is_finite()).then_some(Rounding {
         intended,
         realised,
         dot,
@@ -138,4 +138,68 @@ fn upper_halves() -> __m512i {
     };
     // SAFETY: 32 elements of two bytes.
     unsafe { _mm512_loadu_si512(ODD.as_ptr().cast()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bf16::Bf16;
+    use crate::simd::{Level, kernel};
+    use proptest::prelude::*;
+
+    /// Outputs, report and whether all is finite, of the kernel and by hand.
+    fn check(t: &[u16], u: &[f32]) {
+        let bytes: Vec<u8> = t.iter().flat_map(|t| t.to_le_bytes()).collect();
+        let (mut expected, mut out) = (vec![0; bytes.len()], vec![1; bytes.len()]);
+        let (report, finite) = kernel::finish_and_report::<Bf16, f32>(&mut expected, &bytes, u);
+        // SAFETY: the caller has seen that this level is there.
+        let found = unsafe { finish_report_bf16(&mut out, &bytes, u) };
+        let fits = report.intended < 1e38 && report.realised < 1e38;
+        assert!(found.is_some() == finite || finite && !fits, "{found:?} {report:?}");
+        if let Some(found) = found {
+            assert_eq!(out, expected);
+            let found = kernel::settled::<Bf16, f32>(found, &out, &bytes, u);
+            let bits = |r: &Rounding| [r.intended, r.realised, r.dot].map(f64::to_bits);
+            assert_eq!(bits(&found), bits(&report));
+            assert_eq!((found.updated, found.lost), (report.updated, report.lost));
+        }
+    }
+
+    fn is_here() -> bool {
+        Level::available().iter().any(|level| level.name() == "avx512")
+    }
+
+    proptest! {
+        #[test]
+        fn it_says_what_the_kernel_says(
+            elements in prop::collection::vec((any::<u16>(), any::<u32>(), 0..4u8), 0..300),
+            tame in any::<bool>(),
+        ) {
+            if is_here() {
+                let t: Vec<u16> = elements.iter().map(|e| if tame { e.0 & 0xBFFF } else { e.0 }).collect();
+                // Updates of any bits, of zero, and of the size of the last bit that a bf16 holds.
+                let u: Vec<f32> = elements.iter().zip(&t).map(|(e, &t)| match e.2 {
+                    0 => 0.0,
+                    1 => f32::from_bits(u32::from(t) << 16) * ((e.1 & 0xFFFF) as f32 / 6e6),
+                    2 if tame => f32::from_bits(e.1 & 0xBFFF_FFFF),
+                    2 => f32::from_bits(e.1),
+                    _ => -0.0,
+                }).collect();
+                check(&t, &u);
+            }
+        }
+    }
+
+    #[test]
+    fn every_bf16_is_rounded_as_by_the_kernel() {
+        if is_here() {
+            let all: Vec<u16> = (0..=u16::MAX).collect();
+            for t in all.chunks(MICRO) {
+                let values = || t.iter().map(|&t| f32::from_bits(u32::from(t) << 16));
+                check(t, &values().map(|t| t * 2f32.powi(-9)).collect::<Vec<_>>());
+                check(t, &values().map(|t| t * -0.0047).collect::<Vec<_>>());
+                check(t, &vec![0.0; t.len()]);
+            }
+        }
+    }
 }
