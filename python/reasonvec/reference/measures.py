@@ -164,7 +164,8 @@ def extent(v: Work) -> Extent:
     at = int(size.argmax()) if size.any() else None
     largest = 0.0 if at is None else float(size[at])
     rows = _filled(v, -(-v.size // MICRO))
-    moved = np.take_along_axis(rows, np.argsort(rows == 0, axis=1, kind="stable"), axis=1).ravel()
+    order = np.argsort(rows == 0, axis=1, kind="stable")
+    moved: Work = rows[np.arange(len(rows))[:, None], order].ravel()
     return Extent(int(np.count_nonzero(v != 0)), math.sqrt(fixed_dot(moved, moved)), largest, at)
 
 
