@@ -77,7 +77,7 @@ pub(super) fn copy_tile(how: &How, job: &Job, tile: &Tile, writer: &Writer, pool
 }
 
 #[allow(clippy::too_many_arguments, reason = "the scratch of a worker, piece by piece")]
-/// Combines a tile: out = round(target + sum of terms), with its report and its digests.
+/// Combines a tile of one block, or of no elements: out = round(target + sum of terms), with its report and its digests.
 pub(super) fn combine_tile<O: Element, W: Work>(
     how: &How,
     job: &Job,
@@ -101,85 +101,86 @@ pub(super) fn combine_tile<O: Element, W: Work>(
     acc.resize(span as usize, W::ZERO);
     let mut result = TileResult::of(job, tile);
     let (mut wide_target, mut change) = ([W::ZERO; MICRO], [W::ZERO; MICRO]);
-    for (block, range) in tile.blocks() {
-        update.begin(&mut points(job, level, &target, tile, &mut readers), range.clone())?;
-        gather_corrections(&readers, block, corrections)?;
-        let mut pending = corrections.as_slice();
-        let mut sums = Rounding::default();
-        let mut at = range.start;
-        while at < range.end {
-            let end = (at + span).min(range.end);
-            let acc = &mut acc[..(end - at) as usize];
-            if !update.make(&mut points(job, level, &target, tile, &mut readers), acc, at..end)? && !allow_nonfinite {
-                return Err(blame_input::<W>(job, level, at..end, pool));
-            }
-            for (i, u) in acc.chunks(MICRO).enumerate() {
-                let from = at + (i * MICRO) as u64;
-                let place = (from - tile.elements.start) as usize;
-                let out = &mut out[place * O::SIZE..(place + u.len()) * O::SIZE];
-                let (wide, change) = (&mut wide_target[..u.len()], &mut change[..u.len()]);
-                let here = pending.partition_point(|&(p, _)| range.start + u64::from(p) < from + u.len() as u64);
-                // Nearly always: one kernel, one look at every element.
-                let bytes = match &target {
-                    Some((t, window)) if t.dtype() == job.dtype => {
-                        Some(&window[place * O::SIZE..(place + u.len()) * O::SIZE])
-                    }
-                    Some(_) => None,
-                    None => Some(&NOTHING[..u.len() * O::SIZE]),
-                };
-                if let Some(bytes) = bytes.filter(|_| here == 0) {
-                    let (report, finite) = dispatch::finish_report::<O, W>(level, out, bytes, u);
-                    if !finite && !allow_nonfinite {
-                        dispatch::widen::<O, W>(level, wide, bytes);
-                        return Err(blame::<O, W>(job, level, from, out, wide, u, pool));
-                    }
-                    sums.join(&report);
-                    continue;
+    let range = tile.elements.clone();
+    if range.is_empty() {
+        return Ok(result);
+    }
+    let block = range.start / BLOCK;
+    update.begin(&mut points(job, level, &target, tile, &mut readers), range.clone())?;
+    gather_corrections(&readers, block, corrections)?;
+    let mut pending = corrections.as_slice();
+    let mut sums = Rounding::default();
+    let mut at = range.start;
+    while at < range.end {
+        let end = (at + span).min(range.end);
+        let acc = &mut acc[..(end - at) as usize];
+        if !update.make(&mut points(job, level, &target, tile, &mut readers), acc, at..end)? && !allow_nonfinite {
+            return Err(blame_input::<W>(job, level, at..end, pool));
+        }
+        for (i, u) in acc.chunks(MICRO).enumerate() {
+            let from = at + (i * MICRO) as u64;
+            let place = (from - range.start) as usize;
+            let out = &mut out[place * O::SIZE..(place + u.len()) * O::SIZE];
+            let (wide, change) = (&mut wide_target[..u.len()], &mut change[..u.len()]);
+            let here = pending.partition_point(|&(p, _)| range.start + u64::from(p) < from + u.len() as u64);
+            // Nearly always: one kernel, one look at every element.
+            let bytes = match &target {
+                Some((t, window)) if t.dtype() == job.dtype => {
+                    Some(&window[place * O::SIZE..(place + u.len()) * O::SIZE])
                 }
-                let mut finite = match &target {
-                    Some((t, window)) => {
-                        let size = t.dtype().size();
-                        let bytes = &window[place * size..(place + u.len()) * size];
-                        with_element!(t.dtype(), E => dispatch::widen::<E, W>(level, wide, bytes));
-                        if t.dtype() == job.dtype {
-                            dispatch::finish::<O, W>(level, out, bytes, u)
-                        } else {
-                            dispatch::finish_as::<O, W>(level, out, wide, u)
-                        }
-                    }
-                    None => {
-                        wide.fill(W::ZERO);
-                        dispatch::finish_as::<O, W>(level, out, wide, u)
-                    }
-                };
-                for &(p, correction) in &pending[..here] {
-                    let i = (range.start + u64::from(p) - from) as usize;
-                    let value = corrected::<O>(wide[i].to_f64(), u[i].to_f64(), correction);
-                    value.store(&mut out[i * O::SIZE..(i + 1) * O::SIZE]);
-                }
-                if here > 0 {
-                    // A correction can decide on which side of the largest number a sum falls.
-                    finite = out.chunks_exact(O::SIZE).all(|o| O::load(o).finite());
-                }
-                pending = &pending[here..];
+                Some(_) => None,
+                None => Some(&NOTHING[..u.len() * O::SIZE]),
+            };
+            if let Some(bytes) = bytes.filter(|_| here == 0) {
+                let (report, finite) = dispatch::finish_report::<O, W>(level, out, bytes, u);
                 if !finite && !allow_nonfinite {
+                    dispatch::widen::<O, W>(level, wide, bytes);
                     return Err(blame::<O, W>(job, level, from, out, wide, u, pool));
                 }
-                dispatch::change::<O, W>(level, change, out, wide);
-                sums.join(&dispatch::rounding(level, u, change));
+                sums.join(&report);
+                continue;
             }
-            at = end;
+            let mut finite = match &target {
+                Some((t, window)) => {
+                    let size = t.dtype().size();
+                    let bytes = &window[place * size..(place + u.len()) * size];
+                    with_element!(t.dtype(), E => dispatch::widen::<E, W>(level, wide, bytes));
+                    if t.dtype() == job.dtype {
+                        dispatch::finish::<O, W>(level, out, bytes, u)
+                    } else {
+                        dispatch::finish_as::<O, W>(level, out, wide, u)
+                    }
+                }
+                None => {
+                    wide.fill(W::ZERO);
+                    dispatch::finish_as::<O, W>(level, out, wide, u)
+                }
+            };
+            for &(p, correction) in &pending[..here] {
+                let i = (range.start + u64::from(p) - from) as usize;
+                let value = corrected::<O>(wide[i].to_f64(), u[i].to_f64(), correction);
+                value.store(&mut out[i * O::SIZE..(i + 1) * O::SIZE]);
+            }
+            if here > 0 {
+                // A correction can decide on which side of the largest number a sum falls.
+                finite = out.chunks_exact(O::SIZE).all(|o| O::load(o).finite());
+            }
+            pending = &pending[here..];
+            if !finite && !allow_nonfinite {
+                return Err(blame::<O, W>(job, level, from, out, wide, u, pool));
+            }
+            dispatch::change::<O, W>(level, change, out, wide);
+            sums.join(&dispatch::rounding(level, u, change));
         }
-        update.end(block);
-        result.rounding.push(sums);
-        let place = (range.start - tile.elements.start) as usize..(range.end - tile.elements.start) as usize;
-        if algorithm != Algorithm::None {
-            result.out.push(algorithm.hash(&out[place.start * O::SIZE..place.end * O::SIZE]));
-            let windows = target.iter().map(|(_, w)| &**w).chain(readers.iter().flat_map(Reader::windows));
-            for ((bytes, (_, view)), hashes) in windows.zip(&job.inputs).zip(&mut result.inputs) {
-                let size = view.dtype().size();
-                hashes.push(algorithm.hash(&bytes[place.start * size..place.end * size]));
-            }
+        at = end;
+    }
+    update.end(block);
+    result.rounding.push(sums);
+    if algorithm != Algorithm::None {
+        result.out.push(algorithm.hash(out));
+        let windows = target.iter().map(|(_, w)| &**w).chain(readers.iter().flat_map(Reader::windows));
+        for (bytes, hashes) in windows.zip(&mut result.inputs) {
+            hashes.push(algorithm.hash(bytes));
         }
     }
     Ok(result)

@@ -175,7 +175,7 @@ mod tests {
 
     use super::*;
     use crate::select::Order;
-    use crate::stream::{BLOCK, Gates, Visit};
+    use crate::stream::{BLOCK, Gates, Line, Visit};
 
     /// Whether a run ends, by the panic of the worker of tile 1, while the others `wait`.
     fn ends(threads: usize, wait: impl Fn(usize, &Control) -> Result<()> + Sync) -> bool {
@@ -193,6 +193,10 @@ mod tests {
         for threads in [1, 2, 4] {
             let turn = Turn::default();
             assert!(ends(threads, |i, control| turn.take(i, control, || Ok(()))));
+            for room in [0, 1, threads] {
+                let line = Line::new(room);
+                assert!(ends(threads, |i, control| line.join(i, (), control, |()| Ok(()))));
+            }
             let gates = Gates::new(1);
             assert!(ends(threads, |i, control| gates.wait(Visit { tensor: 0, stage: i }, control)));
             let order = Order::new(1);

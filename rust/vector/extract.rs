@@ -343,19 +343,18 @@ impl<'a> Run<'a> {
         let job = &self.jobs[tile.tensor];
         let last = tile.elements.end == job.elements;
         let mut assembly = lock(&self.assembly);
-        let Some(codec) = codec else {
-            if last {
-                assembly.zero(job.row());
+        let mut pending = None;
+        if let Some(codec) = codec {
+            if tile.elements.start == 0 {
+                assembly.begin(Tensor { row: job.row(), codec, double: job.double, factors: job.parts() })?;
             }
-            return Ok(());
-        };
-        if tile.elements.start == 0 {
-            assembly.begin(Tensor { row: job.row(), codec, double: job.double, factors: job.parts() })?;
-        }
-        let pending = assembly.add(&packed, last)?;
-        if last {
-            assembly.end()?;
-            lock(&job.codec).take();
+            pending = assembly.add(&packed, last)?;
+            if last {
+                assembly.end()?;
+                lock(&job.codec).take();
+            }
+        } else if last {
+            assembly.zero(job.row());
         }
         drop(assembly);
         packed.clear();
