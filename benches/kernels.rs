@@ -91,6 +91,7 @@ fn encode<E: Element>(c: &mut Criterion, format: &str) {
     }
 }
 
+/// Norm-matched noise, which is bound by its logarithms.
 fn noise(c: &mut Criterion) {
     let mut u = vec![0f32; MICRO];
     for level in Level::available() {

@@ -284,6 +284,11 @@ impl Search {
         Self::of(Wanted::Count(wanted), elements, found)
     }
 
+    /// [`new`](Self::new) for whoever needs the key itself, also that of the smallest: to keep all, zero is as good.
+    pub fn exact(wanted: u64, elements: u64) -> Self {
+        Self::of(Wanted::Count(wanted), elements, OnceLock::new())
+    }
+
     /// The search for the smallest of the largest `int(share * n)`, `n` being the number of magnitudes that are not zero.
     pub fn of_nonzero(share: f64, elements: u64) -> Self {
         let found = OnceLock::new();

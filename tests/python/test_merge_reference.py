@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from shards import Stored, read_shard, stored, write_checkpoint
 
 import reasonvec as rv
@@ -302,3 +303,27 @@ def test_steps_that_cannot_be_rounded(tmp_path: Path) -> None:
     folders = [write_checkpoint(tmp_path / str(i), tensors_of(i, "F32")) for i in range(4)]
     with pytest.raises(rv.MismatchError, match="steps of this method"):
         merge(folders, tmp_path / "out", {"kind": "karcher"}, False, 3, "F32", "BF16")
+
+
+def test_quartiles_of_a_handful_of_elements(tmp_path: Path) -> None:
+    """`arcee_fusion` of tensors whose first quartile is their smallest importance, or near it."""
+    shapes = [(1,), (2,), (3,), (4,), (5,), (1, 2), (2, 1), (2, 2), (3, 1), (2, 3)]
+    rng = np.random.default_rng(0)
+    values = {
+        name: {
+            f"{i}": rng.standard_normal(shapes[i % len(shapes)]).astype(np.float32)
+            for i in range(20 * len(shapes))
+        }
+        for name in ("base", "model")
+    }
+    for name, tensors in values.items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text("{}")
+    base, model = (rv.open(tmp_path / name) for name in values)
+    rv.arcee_fusion(base, model).save(tmp_path / "out", sync=False)
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    for name, b in values["base"].items():
+        u = ref.arcee_fusion(values["model"][name].ravel(), b.ravel(), b.shape[-1])
+        wanted = np.where(u == 0, b.ravel(), b.ravel() + u)
+        assert out[name].ravel().tobytes() == wanted.tobytes(), (name, b.shape)

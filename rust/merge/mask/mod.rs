@@ -255,8 +255,10 @@ impl Mask {
                 if n > 0 {
                     for q in [0.25, 0.5, 0.75] {
                         let low = (q * (n - 1) as f64) as u64;
-                        search(n - low, 0);
-                        search(n - (low + 1).min(n - 1), 0);
+                        for rank in [low, (low + 1).min(n - 1)] {
+                            searches.push(Search::exact(n - rank, n));
+                            over.push(0);
+                        }
                     }
                 }
                 Rule::Fusion
