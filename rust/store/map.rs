@@ -1,12 +1,9 @@
 //! Read-only windows over a file.
 //!
-//! A window is a positioned read into a buffer of the worker's [`Pool`]: the buffer stays in the second-level cache, so that what is computed
-//! on it does not wait for memory, and no page tables change hands. `REASONVEC_IO=map` asks for slices of one mapping of the file
-//! instead (Linux 5.14 and later): no copy and no anonymous memory, but a merge of files in the page cache took half as long again,
-//! because every page is entered into the tables and taken out again.
-//!
-//! A mapping is touched only inside a window that was populated just before, because touching a page that a truncated
-//! file no longer has, or that the disk cannot read, is a signal that kills the process; populating it is an `errno`.
+//! A window is a slice of a [mapping](super::mapping) where the page cache holds the file in huge pages (Linux 6.7 and later, on a file
+//! system that makes them), and elsewhere a positioned read into a buffer of the worker's [`Pool`]: the buffer stays in the second-level
+//! cache, so that what is computed on it does not wait for memory, and no page tables change hands. `REASONVEC_IO=map` maps pages of any
+//! size, which takes half as long again where they are small; `REASONVEC_IO=read` maps nothing.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -17,6 +14,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::buffer::Buffer;
+#[cfg(target_os = "linux")]
+use super::mapping::Mapping;
 use crate::{Error, Result};
 
 /// A file opened for reading, and perhaps mapped.
@@ -26,7 +25,7 @@ pub struct FileMap {
     file: File,
     len: u64,
     #[cfg(target_os = "linux")]
-    map: Option<memmap2::Mmap>,
+    mapping: Option<Mapping>,
     /// Bytes that are worth asking for ahead of reading them, because a read before them had to wait for the disk.
     #[cfg(target_os = "linux")]
     ask: AtomicU64,
@@ -56,8 +55,8 @@ enum Held<'a> {
     #[cfg(target_os = "linux")]
     Mapped {
         bytes: &'a [u8],
-        owner: &'a FileMap,
-        start: u64,
+        mapping: &'a Mapping,
+        start: usize,
     },
     Read {
         bytes: Arc<Buffer>,
@@ -79,13 +78,13 @@ impl FileMap {
         let meta = file.metadata().map_err(|e| Error::io(path, "inspect", e))?;
         let len = meta.len();
         #[cfg(target_os = "linux")]
-        let map = map_if_populatable(&file, len);
+        let mapping = Mapping::of(&file, len);
         Ok(Self {
             path: path.to_path_buf(),
             file,
             len,
             #[cfg(target_os = "linux")]
-            map,
+            mapping,
             #[cfg(target_os = "linux")]
             ask: AtomicU64::new(0),
         })
@@ -111,11 +110,11 @@ impl FileMap {
         &self.file
     }
 
-    /// Whether windows take memory of the pool.
+    /// Whether windows may take memory of the pool.
     pub fn windows_are_read(&self) -> bool {
         #[cfg(target_os = "linux")]
         {
-            self.map.is_none()
+            !self.mapping.as_ref().is_some_and(Mapping::is_forced)
         }
         #[cfg(not(target_os = "linux"))]
         {
@@ -167,15 +166,11 @@ impl FileMap {
     pub fn window<'a>(&'a self, range: Range<u64>, pool: &'a Pool) -> Result<Window<'a>> {
         debug_assert!(range.start <= range.end && range.end <= self.len);
         #[cfg(target_os = "linux")]
-        if let Some(map) = &self.map {
-            let (start, len) = (range.start as usize, (range.end - range.start) as usize);
-            if len > 0
-                && let Err(e) = map.advise_range(memmap2::Advice::PopulateRead, start, len)
-            {
-                return Err(self.explain_populate(e, range));
-            }
-            let bytes = &map[start..start + len];
-            return Ok(Window(Held::Mapped { bytes, owner: self, start: range.start }));
+        if let Some(mapping) = &self.mapping
+            && range.start < range.end
+            && let Some(bytes) = mapping.window(&self.file, &range)
+        {
+            return Ok(Window(Held::Mapped { bytes, mapping, start: range.start as usize }));
         }
         let len = (range.end - range.start) as usize;
         let place = (std::ptr::from_ref(self).addr(), range);
@@ -199,7 +194,7 @@ impl FileMap {
             let asked = self
                 .ask
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n > 0).then(|| n.saturating_sub(length)));
-            if asked.is_err() && self.map.is_none() {
+            if asked.is_err() {
                 return;
             }
             let length = std::num::NonZeroU64::new(length);
@@ -209,34 +204,6 @@ impl FileMap {
         #[cfg(not(target_os = "linux"))]
         let _ = range;
     }
-
-    #[cfg(target_os = "linux")]
-    fn explain_populate(&self, e: std::io::Error, range: Range<u64>) -> Error {
-        // The populate call only says EFAULT; a plain read of the same bytes names the reason.
-        let mut byte = vec![0u8; 4096];
-        let mut at = range.start;
-        while at < range.end {
-            let n = (range.end - at).min(4096) as usize;
-            if let Err(e) = self.read_at(&mut byte[..n], at) {
-                return e;
-            }
-            at += n as u64;
-        }
-        Error::io(&self.path, "read", e)
-    }
-}
-
-#[cfg(target_os = "linux")]
-#[allow(unsafe_code)]
-fn map_if_populatable(file: &File, len: u64) -> Option<memmap2::Mmap> {
-    if len == 0 || std::env::var_os("REASONVEC_IO").is_none_or(|v| v != "map") {
-        return None;
-    }
-    // SAFETY: the mapping is private to this type, read only inside windows that were populated, and every value in it is treated as
-    // untrusted bytes, so a file that changes underneath can give wrong numbers (which the digests show) but no invalid value.
-    let map = unsafe { memmap2::Mmap::map(file) }.ok()?;
-    map.advise_range(memmap2::Advice::PopulateRead, 0, 1).ok()?;
-    Some(map)
 }
 
 #[cfg(unix)]
@@ -298,25 +265,8 @@ impl Drop for Window<'_> {
     fn drop(&mut self) {
         match &mut self.0 {
             #[cfg(target_os = "linux")]
-            Held::Mapped { bytes, owner, start } => owner.release(*start, bytes.len()),
+            Held::Mapped { bytes, mapping, start } => mapping.release(*start..*start + bytes.len()),
             Held::Read { bytes, pool, .. } => pool.give(bytes),
-        }
-    }
-}
-
-#[cfg(target_os = "linux")]
-impl FileMap {
-    /// Gives back the whole pages of a range; the ones at its ends may belong to a neighbour's window too.
-    #[allow(unsafe_code)]
-    fn release(&self, start: u64, len: usize) {
-        let page = rustix::param::page_size();
-        let first = (start as usize).next_multiple_of(page);
-        let last = (start as usize + len) / page * page;
-        if let Some(map) = &self.map
-            && first < last
-        {
-            // SAFETY: the mapping is read-only and backed by a file, so dropping clean pages loses nothing: the next touch reads them again.
-            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, first, last - first) };
         }
     }
 }

@@ -6,6 +6,8 @@ pub mod digest;
 pub mod header;
 pub mod journal;
 pub mod map;
+#[cfg(target_os = "linux")]
+mod mapping;
 pub mod writer;
 
 pub use checkpoint::{Checkpoint, TensorView};
