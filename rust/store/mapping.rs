@@ -25,7 +25,7 @@ const UNKNOWN: u8 = 0;
 const MAPPED: u8 = 1;
 const READ: u8 = 2;
 
-/// At most so many chunks behind one of small pages are read without a look at them.
+/// The most chunks behind one of small pages that are read without a look at them.
 const DOUBT: usize = 32;
 
 /// A mapping, and what is known of its chunks.
@@ -93,13 +93,17 @@ impl Mapping {
         if self.map.advise_range(Advice::PopulateRead, from, bytes.len()).is_err() {
             return false;
         }
-        self.note(chunk, self.any || is_huge(&self.map[bytes]));
-        true
+        let take = self.any || is_huge(&self.map[bytes.clone()]);
+        self.note(chunk, take);
+        if !take {
+            self.give_back(bytes);
+        }
+        take
     }
 
-    /// A chunk is mapped; if of small pages, some of those behind it will be read.
+    /// A chunk is mapped, or of small pages: then it is read, and so are some of those behind it.
     fn note(&self, chunk: usize, huge: bool) {
-        self.chunks[chunk].store(MAPPED, Ordering::Relaxed);
+        self.chunks[chunk].store(if huge { MAPPED } else { READ }, Ordering::Relaxed);
         let doubt = self.doubt.load(Ordering::Relaxed);
         self.doubt.store(if huge { 1 } else { (2 * doubt).min(DOUBT) }, Ordering::Relaxed);
         let doubtful = if huge { 0 } else { doubt };
@@ -108,7 +112,7 @@ impl Mapping {
         }
     }
 
-    /// Gives back what lies behind a window that is done with. What somebody still reads there comes in again as he touches it.
+    /// Gives back what lies behind a window that is done with.
     pub(super) fn release(&self, window: Range<usize>) {
         let behind = |at: usize| (at / SPAN).saturating_sub(1) * SPAN;
         let (first, last) = (behind(window.start), behind(window.end));
@@ -116,9 +120,14 @@ impl Mapping {
             for state in &self.chunks[first / CHUNK..last / CHUNK] {
                 let _ = state.compare_exchange(MAPPED, UNKNOWN, Ordering::Relaxed, Ordering::Relaxed);
             }
-            // SAFETY: the mapping is read-only and backed by a file, so dropping clean pages loses nothing: the next touch reads them again.
-            let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, first, last - first) };
+            self.give_back(first..last);
         }
+    }
+
+    /// Takes pages out of the tables. What somebody still reads there comes in again as he touches it.
+    fn give_back(&self, bytes: Range<usize>) {
+        // SAFETY: the mapping is read-only and backed by a file, so dropping clean pages loses nothing: the next touch reads them again.
+        let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, bytes.start, bytes.len()) };
     }
 }
 
@@ -243,7 +252,7 @@ mod tests {
         mapping.note(6, true);
         mapping.note(7, false);
         let (m, r) = (MAPPED, READ);
-        assert_eq!(states()[..10], [m, m, r, m, r, r, m, m, r, UNKNOWN]);
+        assert_eq!(states()[..10], [m, r, r, r, r, r, m, r, r, UNKNOWN]);
     }
 
     #[test]
