@@ -55,9 +55,10 @@ impl Mapping {
         if len == 0 || !any && (len < CHUNK || pagemap().is_none()) {
             return None;
         }
+        // Of the length that was seen before, or another process is changing the file.
         // SAFETY: the mapping is private to this type, read only where it was populated, and every value in it is treated as untrusted
         // bytes, so a file that changes underneath can give wrong numbers (which the digests show) but no invalid value.
-        let map = unsafe { Mmap::map(file) }.ok()?;
+        let map = unsafe { Mmap::map(file) }.ok().filter(|map| map.len() == len)?;
         if any {
             map.advise_range(Advice::PopulateRead, 0, 1).ok()?;
         }
