@@ -56,7 +56,8 @@ page cache; those called *synced* also wait for the disk (fsync), unlike mergeki
 of medians, and in brackets the least and the greatest within one round. The roofline
 (benches/roofline.rs) reads and writes the same bytes and computes nothing. Memory is anonymous
 memory, of the process and its children together, at its greatest. Memory for the output
-is touched beforehand, and inputs stay mapped by the bench (benches/measure.py says why)."""
+is touched beforehand; inputs are read from disk once, and stay mapped by the bench
+(benches/measure.py says why)."""
 
 
 class Bench:

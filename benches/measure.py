@@ -143,10 +143,23 @@ def _warm(folders: Sequence[Path]) -> None:
     buffer = bytearray(_READ_BYTES)
     for folder in folders:
         for path in folder.iterdir():
+            _forget(path)
             with path.open("rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass
             _keep_cached(path)
+
+
+@cache
+def _forget(path: Path) -> None:
+    """Takes a file out of the page cache, once: it is read as after a start of the machine.
+
+    How the cache holds a file, in large pages or small ones, is else what earlier programs left.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @cache

@@ -38,7 +38,8 @@ Made by `python benches/merges.py` (`make bench`). The same YAML is run by `reas
 `mergekit-yaml`, two models and a base of Qwen2 shapes in bf16, from and to the page cache, neither
 waiting for the disk (`--no-sync`). Times are of whole commands; ours are medians of rounds before
 and after mergekit's one. Memory is anonymous memory at its greatest. Memory for the output
-is touched beforehand, and inputs stay mapped by the bench (benches/measure.py says why)."""
+is touched beforehand; inputs are read from disk once, and stay mapped by the bench
+(benches/measure.py says why)."""
 
 
 @dataclass(frozen=True)
