@@ -63,7 +63,7 @@ impl Mapping {
             map.advise_range(Advice::PopulateRead, 0, 1).ok()?;
         }
         let chunks = (0..len.div_ceil(CHUNK)).map(|_| AtomicU8::new(UNKNOWN)).collect();
-        Some(Self { map, chunks, doubt: AtomicUsize::new(1), any })
+        Some(Self { map, chunks, doubt: AtomicUsize::new(0), any })
     }
 
     /// Whether pages of any size are mapped.
@@ -91,7 +91,9 @@ impl Mapping {
             _ => {}
         }
         let bytes = from..self.map.len().min(from + CHUNK);
-        if self.map.advise_range(Advice::PopulateRead, from, bytes.len()).is_err() {
+        // One page brings in the entry that stands for all of them. Where there is none, to populate them all costs more than to read them.
+        let probe = if self.any { bytes.len() } else { 1 };
+        if self.map.advise_range(Advice::PopulateRead, from, probe).is_err() {
             return false;
         }
         let take = self.any || is_huge(&self.map[bytes.clone()]);
@@ -106,7 +108,7 @@ impl Mapping {
     fn note(&self, chunk: usize, huge: bool) {
         self.chunks[chunk].store(if huge { MAPPED } else { READ }, Ordering::Relaxed);
         let doubt = self.doubt.load(Ordering::Relaxed);
-        self.doubt.store(if huge { 1 } else { (2 * doubt).min(DOUBT) }, Ordering::Relaxed);
+        self.doubt.store(if huge { 0 } else { (2 * doubt).clamp(1, DOUBT) }, Ordering::Relaxed);
         let doubtful = if huge { 0 } else { doubt };
         for state in self.chunks[chunk + 1..].iter().take(doubtful) {
             let _ = state.compare_exchange(UNKNOWN, READ, Ordering::Relaxed, Ordering::Relaxed);
@@ -249,11 +251,12 @@ mod tests {
         let states = || mapping.chunks.iter().map(|state| state.load(Ordering::Relaxed)).collect::<Vec<_>>();
         mapping.note(0, true);
         mapping.note(1, false);
-        mapping.note(3, false);
-        mapping.note(6, true);
-        mapping.note(7, false);
-        let (m, r) = (MAPPED, READ);
-        assert_eq!(states()[..10], [m, r, r, r, r, r, m, r, r, UNKNOWN]);
+        mapping.note(2, false);
+        mapping.note(4, false);
+        mapping.note(7, true);
+        mapping.note(8, false);
+        let (m, r, u) = (MAPPED, READ, UNKNOWN);
+        assert_eq!(states()[..10], [m, r, r, r, r, r, r, m, r, u]);
     }
 
     #[test]
