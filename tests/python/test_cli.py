@@ -21,21 +21,21 @@ from reasonvec.cli.app import main
 from reasonvec.family import Family
 
 COMMANDS = [
-    "apply",
     "check",
-    "compare",
-    "compress",
-    "demo",
-    "diff",
     "extract",
-    "factors",
-    "from-lora",
-    "inspect",
+    "apply",
     "merge",
-    "spectrum",
-    "to-lora",
     "undo",
+    "compress",
+    "from-lora",
+    "to-lora",
+    "spectrum",
+    "factors",
+    "inspect",
+    "compare",
     "verify",
+    "diff",
+    "demo",
 ]
 
 
@@ -112,12 +112,24 @@ def test_help_lists_the_commands() -> None:
         assert done(command, "-h") == done(command, "--help")
 
 
-def test_the_installed_command() -> None:
+def test_the_installed_command(family: Family) -> None:
     script = Path(sys.executable).parent / "reasonvec"
     if not script.exists():
         pytest.skip("reasonvec is not installed as a script")
-    said = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
-    assert rv.__version__ in said.stdout
+
+    def said(*arguments: str) -> tuple[int, str, str]:
+        ended = subprocess.run([script, *arguments], capture_output=True, text=True)
+        return ended.returncode, ended.stdout, ended.stderr
+
+    assert said("--version") == (0, f"reasonvec, version {rv.__version__}\n", "")
+    code, _, error = said("aply")
+    assert code == 2
+    assert "apply" in error
+    for other, code in ((family.rl, 0), (family.sft, 1), (Path("nowhere"), 2)):
+        assert said("diff", str(family.rl), str(other), "-q")[0] == code
+    # What goes into a pipe is all there when the process ends.
+    words = said("apply", "--help")[1].partition("Options:")[2].split()
+    assert words == done("apply", "--help").partition("Options:")[2].split()
 
 
 def test_help_is_light() -> None:
