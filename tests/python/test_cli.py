@@ -99,14 +99,10 @@ def test_the_four_lines(family: Family, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_help_lists_the_commands() -> None:
-    done_process = subprocess.run(
-        [sys.executable, "-m", "reasonvec.cli.app", "--help"], capture_output=True, text=True
-    )
     text = done("--help")
     listed = re.findall(r"^  ([a-z-]+) ", text.partition("Commands:")[2], re.MULTILINE)
     assert listed == COMMANDS
     assert "Exit codes" in text
-    assert done_process.returncode == 0
     for command in COMMANDS:
         assert "Usage:" in done(command, "--help")
         assert done(command, "-h") == done(command, "--help")
