@@ -211,7 +211,7 @@ def test_killed_extractions_are_done_again(many: Family, tmp_path: Path) -> None
     assert unfinished >= 3
 
 
-@pytest.mark.skipif(WINDOWS, reason="a signal there is another thing")
+@pytest.mark.skipif(WINDOWS, reason="Windows cannot send Ctrl-C to one process alone")
 @pytest.mark.parametrize("kind", ["point", "vector"])
 def test_ctrl_c_stops_at_once_and_cleanly(kind: str, many: Family, tmp_path: Path) -> None:
     """One KeyboardInterrupt, within a moment; the next run ends as if nothing had been."""
@@ -364,7 +364,7 @@ def small_disk() -> Iterator[Callable[[int], Path]]:
         command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
         if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
             place.rmdir()
-            pytest.skip("this user may not mount a file system")
+            pytest.skip("only who may mount a tmpfs can have a disk that is full")
         mounted.append(place)
         return place
 
@@ -523,7 +523,9 @@ def public(family: Family) -> Iterator[Path]:
         yield Path(place)
 
 
-@pytest.mark.skipif(WINDOWS, reason="permissions there are another thing")
+@pytest.mark.skipif(
+    WINDOWS, reason="chmod takes no right to read or write a folder away on Windows"
+)
 def test_a_shard_that_may_not_be_read(public: Path) -> None:
     """PermissionError with the path."""
     path = shard_of(public / "rl")
@@ -533,7 +535,9 @@ def test_a_shard_that_may_not_be_read(public: Path) -> None:
     assert caught.value.filename == str(path)
 
 
-@pytest.mark.skipif(WINDOWS, reason="permissions there are another thing")
+@pytest.mark.skipif(
+    WINDOWS, reason="chmod takes no right to read or write a folder away on Windows"
+)
 @pytest.mark.parametrize("exists", [False, True])
 def test_an_output_that_may_not_be_written(public: Path, exists: bool) -> None:
     """PermissionError with the path, for a folder that cannot be made and one that cannot be filled."""
@@ -774,7 +778,7 @@ def test_a_process_that_flushes_subnormals_is_refused(family: Family, tmp_path: 
     torch = pytest.importorskip("torch")
     point(family).save(tmp_path / "wanted")
     if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot")
+        pytest.skip("this processor cannot flush subnormals to zero")
     said = "flushes subnormal .*set_flush_denormal"
     try:
         for run in (

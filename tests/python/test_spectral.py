@@ -394,7 +394,9 @@ for threads, budget in ((1, 64 << 20), (2, 1 << 20), (3, 64 << 20)):
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux says what a process reads")
+@pytest.mark.skipif(
+    not Path("/proc/self/io").exists(), reason="only Linux counts the bytes that a process reads"
+)
 def test_a_wide_matrix_in_blocks_is_not_decoded_for_every_few_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

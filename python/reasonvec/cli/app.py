@@ -1,4 +1,4 @@
-"""The program: one group, and the commands that it has, in the order of its help."""
+"""The group, and the commands that it has, in the order of its help; `program` starts it."""
 
 from __future__ import annotations
 
