@@ -8,12 +8,12 @@ for values, and then everything happens in one pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias, Unpack, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, TypeAlias, Unpack, overload
 
 from reasonvec.adapter import AdapterFolder, is_adapter
 from reasonvec.coefficients import AlphaFor, Constant, Factor, Function, Ramp, Where, pattern
@@ -49,8 +49,7 @@ __all__ = [
 Control: TypeAlias = Literal["random", "shuffle"]
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(NamedTuple):
     """Positive donor minus negative donor, read from both."""
 
     positive: CheckpointFolder
@@ -90,8 +89,7 @@ class Adapter:
 Leaf: TypeAlias = Difference | VectorFolder | Adapter
 
 
-@dataclass(frozen=True, slots=True)
-class Scaled:
+class Scaled(NamedTuple):
     """A leaf, its coefficient, and perhaps a control in its place."""
 
     leaf: Leaf
@@ -99,7 +97,7 @@ class Scaled:
     control: tuple[Control, int] | None = None
 
     def times(self, factor: Factor) -> Scaled:
-        return replace(self, factors=(*self.factors, factor))
+        return self._replace(factors=(*self.factors, factor))
 
     @property
     def text(self) -> str:
@@ -202,7 +200,7 @@ class Vector(Decomposable):
         if not 0 <= seed < 1 << 64:
             message = f"seed: expected an integer from 0 to 2**64 - 1, found {seed}"
             raise ReasonvecError(message)
-        return Vector(replace(term, control=(kind, seed)) for term in self.terms)
+        return Vector(term._replace(control=(kind, seed)) for term in self.terms)
 
     def save(self, path: str | PathLike[str], **options: Unpack[ExtractOptions]) -> ExtractReport:
         """Write the vector as a folder, in one pass; see `reasonvec.extract`.

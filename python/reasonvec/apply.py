@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias, TypedDict
 
 from reasonvec import _reasonvec as core
 from reasonvec.algebra import Point
@@ -86,8 +86,7 @@ class ApplyOptions(SaveOptions, total=False):
     """A folder whose chat template the output takes instead of the target's."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorChange:
+class TensorChange(NamedTuple):
     """What happens, or happened, to one tensor of the target.
 
     ``action`` is "update", "merge" (made of several, with nothing that it is a change of), "copy",

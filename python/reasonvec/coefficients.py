@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from reasonvec.errors import ReasonvecError
 from reasonvec.names import kind_of, layer_of
@@ -38,8 +37,7 @@ def pattern(regex: str) -> re.Pattern[str]:
         raise ReasonvecError(message) from None
 
 
-@dataclass(frozen=True, slots=True)
-class Constant:
+class Constant(NamedTuple):
     """Times a number."""
 
     value: float
@@ -52,8 +50,7 @@ class Constant:
         return f"{self.value:g} *"
 
 
-@dataclass(frozen=True, slots=True)
-class AlphaFor:
+class AlphaFor(NamedTuple):
     """A number of its own for tensors whose name a regular expression finds; the last wins."""
 
     rules: tuple[tuple[re.Pattern[str], float], ...]
@@ -73,8 +70,7 @@ class AlphaFor:
         return f"alpha_for({ {regex.pattern: value for regex, value in self.rules} })"
 
 
-@dataclass(frozen=True, slots=True)
-class Ramp:
+class Ramp(NamedTuple):
     """Times a straight line over depth (LiNeS, arXiv 2410.17146): ``first`` in layer 0, ``last`` in
     the last layer. What stands before the layers takes ``first``, what stands after them
     ``last``."""
@@ -94,8 +90,7 @@ class Ramp:
         return f"ramp({self.first:g}, {self.last:g})"
 
 
-@dataclass(frozen=True, slots=True)
-class Where:
+class Where(NamedTuple):
     """Zero for tensors that are not wanted."""
 
     include: tuple[re.Pattern[str], ...]
@@ -117,8 +112,7 @@ class Where:
         return f"where({', '.join(said)})"
 
 
-@dataclass(frozen=True, slots=True)
-class Function:
+class Function(NamedTuple):
     """Times whatever a function of the tensor's name says."""
 
     function: Callable[[str], float]

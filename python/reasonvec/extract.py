@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from reasonvec import _reasonvec as core
 from reasonvec.algebra import Adapter, Difference, Vector
@@ -45,8 +45,7 @@ class ExtractOptions(RunOptions, total=False):
     """Let NaN and infinity pass."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One tensor of a vector, as its manifest has it."""
 
     name: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 from reasonvec import _reasonvec as core
@@ -98,8 +97,7 @@ def _in_order(plan: ApplyPlan, rows: list[WrittenTensor]) -> list[TensorChange]:
 def _done(change: TensorChange, row: WrittenTensor) -> TensorChange:
     rounding = row["rounding"]
     kept = rounding is not None and change.action == "update"
-    return replace(
-        change,
+    return change._replace(
         digest=row["digest"],
         rounding=Rounding.of(rounding) if rounding is not None and kept else None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from reasonvec._reasonvec import Checkpoint as CoreCheckpoint
 from reasonvec._reasonvec import VectorFolder as CoreVector
@@ -33,11 +33,11 @@ __all__ = [
 ]
 
 
-@dataclass
 class Operands:
     """The opened folders of a plan, each with a number."""
 
-    folders: list[Folder] = field(default_factory=list)
+    def __init__(self, folders: Sequence[Folder] = ()) -> None:
+        self.folders = list(folders)
 
     def number(self, folder: Folder) -> int:
         for i, known in enumerate(self.folders):
@@ -147,8 +147,7 @@ def _adapter_problems(leaf: Adapter, alpha: Callable[[str], float]) -> list[Prob
     return problems + [p for p in leaf.copy_problems if p.tensor is None or alpha(p.tensor) != 0.0]
 
 
-@dataclass(frozen=True)
-class PlacedTerm:
+class PlacedTerm(NamedTuple):
     """One summand, placed in a target: what it adds to each tensor, why not, and every problem."""
 
     terms: dict[str, Json]
@@ -242,15 +241,14 @@ def _placed(
     return {"segments": segments} if segments else None
 
 
-@dataclass(frozen=True)
-class Summed:
+class Summed(NamedTuple):
     """A tensor of a vector that stands by itself: what is summed, or what must be equal."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    terms: list[Json] = field(default_factory=list)
-    equal: list[Json] = field(default_factory=list)
+    terms: list[Json]
+    equal: list[Json]
 
     def as_json(self) -> Json:
         """The tensor in a plan of the core."""
@@ -318,7 +316,7 @@ def _add_term(
             )
             problems.append(Problem("shape", message, name))
             continue
-        tensor = tensors.setdefault(name, Summed(name, known.dtype, known.shape))
+        tensor = tensors.setdefault(name, Summed(name, known.dtype, known.shape, [], []))
         if info.dtype in FLOATS and changes(leaf, name):
             term: Json = {
                 "coefficient": alpha(name),

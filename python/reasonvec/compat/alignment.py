@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from reasonvec.compat.configs import compare_functions
 from reasonvec.compat.layout import FLOATS, Layout, TensorInfo
@@ -25,8 +24,7 @@ __all__ = ["Alignment", "MissingPolicy", "align", "folder_problems"]
 MissingPolicy: TypeAlias = Literal["error", "skip"]
 
 
-@dataclass(frozen=True)
-class Alignment:
+class Alignment(NamedTuple):
     """For every target tensor a placement or None, for every None a reason, and every problem;
     and by target tensors that are not of floats, the vector tensors that must equal them."""
 

@@ -15,7 +15,7 @@ or gate and up interleaved, in tensors of the same names, and shapes cannot tell
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = [
     "ADAPTABLE",
@@ -32,8 +32,7 @@ _PACKED = re.compile(r"^(?P<stem>(?:.*\.)?experts)\.(?P<part>gate_up_proj|down_p
 _SPLIT = re.compile(r"^(?P<stem>(?:.*\.)?experts)\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight$")
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertLayout:
+class ExpertLayout(NamedTuple):
     """The two storages of some families. ``renamed``: modules beside the experts that have one name
     in the split storage and another in the packed one."""
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from reasonvec.compat.tokenizer import read_tokens
 from reasonvec.names import is_embedding, is_vocabulary, layer_of
@@ -27,8 +28,7 @@ _PACKED = re.compile(
 _CODES = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """One row of a shard's header. ``dtype`` is spelt as safetensors does: "BF16"."""
 
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from reasonvec.compat.layout import Layout, TensorInfo
 from reasonvec.compat.problem import Problem
@@ -10,8 +11,7 @@ from reasonvec.compat.problem import Problem
 __all__ = ["Found", "Pair", "Placement", "Segment"]
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Elements [at, at + length) of a target tensor, flat and row-major, take those of the vector
     tensor `name` from `start`."""
 
@@ -21,8 +21,7 @@ class Segment:
     start: int
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """Where the delta of one target tensor comes from: the vector tensor ``name`` whole and in its
     own order (``segments`` is None), or segments, in order of `at`; elements between them get no
     update."""

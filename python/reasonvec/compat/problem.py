@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from reasonvec.errors import MismatchError
 
@@ -18,8 +17,7 @@ _NUMBER = re.compile(r"\d+")
 _SHOWN = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """``kind`` is for machines: alias, config, dtype, experts, missing, prefix, quantised, shape,
     tied, tokenizer, unused or vocab. ``message`` says where, what was expected and found, and what
     to do."""

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from reasonvec.compat.layout import Layout, TensorInfo
 from reasonvec.compat.placement import Found, Pair, Placement, Segment
@@ -21,8 +20,7 @@ __all__ = ["Rows", "TokenVerdict", "VocabPolicy", "compare_tokenizers"]
 VocabPolicy: TypeAlias = Literal["strict", "skip", "match-tokens"]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenVerdict:
+class TokenVerdict(NamedTuple):
     """Two folders' token maps side by side. ``difference`` is None where they could not be
     compared; ``message`` says why not, or how they differ."""
 

@@ -11,8 +11,8 @@ import json
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from reasonvec.errors import FormatError
 
@@ -30,8 +30,7 @@ _ATOMS = rb'[^"{}\[\]]++|"(?:[^"\\]++|\\.)*+"'
 _FLAT = re.compile(rb"(?:%b|\[(?:%b)*+\])*+" % (_ATOMS, _ATOMS), re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenDifference:
+class TokenDifference(NamedTuple):
     """How two token maps differ: the count of each sort, and the first of it as an example."""
 
     moved: int  # tokens that have another id in the other map

@@ -226,7 +226,7 @@ class _Planner(TensorPlanner):
                 if not (
                     sliced and problem.message.startswith(("num_hidden_layers", "layer_types"))
                 ):
-                    self.problems.append(replace(problem, severity="warning"))
+                    self.problems.append(problem._replace(severity="warning"))
             ours, theirs = donor.layout.ties, source.layout.ties
             if None not in (ours, theirs) and ours != theirs:
                 tied, untied = (donor, source) if ours else (source, donor)
