@@ -50,6 +50,9 @@ fn combine<E: Element>(c: &mut Criterion, format: &str) {
         group::<E>(c, "finish and report", format, 2).bench_function(name, |b| {
             b.iter(|| dispatch::finish_report::<E, f32>(level, &mut out, black_box(&t), &u));
         });
+        group::<E>(c, "difference, finish and report", format, 4).bench_function(name, |b| {
+            b.iter(|| dispatch::difference_report::<E, f32>(level, &mut out, black_box(&t), [&p, &n], 0.8));
+        });
         group::<E>(c, "rounding", format, 1)
             .bench_function(name, |b| b.iter(|| dispatch::rounding(level, black_box(&u), &r)));
     }

@@ -403,6 +403,11 @@ impl<W: Work> Reader<'_, W> {
         }
     }
 
+    /// What it is multiplied by.
+    pub fn coefficient(&self) -> W {
+        self.coefficient
+    }
+
     /// Some elements of both donors, where the term is the difference of two tensors.
     pub fn donors(&self, elements: &Range<u64>) -> Option<[Typed<'_>; 2]> {
         let Kind::Straight(Straight::Difference { positive, negative, dtypes, from }) = &self.kind else { return None };

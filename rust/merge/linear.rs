@@ -113,8 +113,14 @@ pub(super) fn combine_tile<O: Element, W: Work>(
     let mut at = range.start;
     while at < range.end {
         let end = (at + span).min(range.end);
+        let points = &mut points(job, level, &target, tile, &mut readers);
+        if let Some(report) = at_one_go::<O, W>(job, points, update, out, at..end) {
+            sums.join(&report);
+            at = end;
+            continue;
+        }
         let acc = &mut acc[..(end - at) as usize];
-        if !update.make(&mut points(job, level, &target, tile, &mut readers), acc, at..end)? && !allow_nonfinite {
+        if !update.make(points, acc, at..end)? && !allow_nonfinite {
             return Err(blame_input::<W>(job, level, at..end, pool));
         }
         for (i, u) in acc.chunks(MICRO).enumerate() {
@@ -186,6 +192,21 @@ pub(super) fn combine_tile<O: Element, W: Work>(
     Ok(result)
 }
 
+/// The output, and its report, where the update is one difference in the format of all: nearly always, and then the update is never in memory.
+/// `None` where it is another, or a closer look is needed.
+fn at_one_go<O: Element, W: Work>(
+    job: &Job,
+    points: &Points<'_, '_, W>,
+    update: &dyn Update<W>,
+    out: &mut [u8],
+    elements: Range<u64>,
+) -> Option<Rounding> {
+    let (_, target) = points.base.filter(|(dtype, _)| *dtype == job.dtype)?;
+    let (pair, c) = update.difference(points, &elements)?;
+    let [from, to] = [elements.start, elements.end].map(|i| (i - points.from) as usize * O::SIZE);
+    dispatch::difference_report::<O, W>(points.level, &mut out[from..to], &target[from..to], pair, c)
+}
+
 /// A target of zeros, for what has none.
 static NOTHING: [u8; MICRO * size_of::<f64>()] = [0; MICRO * size_of::<f64>()];
 
@@ -205,6 +226,13 @@ fn points<'r, 'a, W>(
 pub(super) struct Sum;
 
 impl<W: Work> Update<W> for Sum {
+    fn difference<'r>(&self, points: &'r Points<'_, '_, W>, elements: &Range<u64>) -> Option<([&'r [u8]; 2], W)> {
+        let [reader] = &*points.readers else { return None };
+        let (dtype, _) = points.base?;
+        let pair = reader.donors(elements).filter(|pair| pair.iter().all(|of| of.0 == dtype))?;
+        Some((pair.map(|(_, bytes)| bytes), reader.coefficient()))
+    }
+
     fn make(&mut self, points: &mut Points<'_, '_, W>, u: &mut [W], elements: Range<u64>) -> Result<bool> {
         if points.readers.is_empty() {
             u.fill(W::ZERO);

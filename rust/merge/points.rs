@@ -214,6 +214,11 @@ pub(super) trait Update<W: Work> {
     /// Called behind the last element of a block.
     fn end(&mut self, _block: u64) {}
 
+    /// Two tensors of the base's format and a coefficient, where the update of at most MICRO elements is that of their difference.
+    fn difference<'r>(&self, _points: &'r Points<'_, '_, W>, _elements: &Range<u64>) -> Option<([&'r [u8]; 2], W)> {
+        None
+    }
+
     /// The update of some elements. Whether every input was finite, as far as the output may not show it.
     fn make(&mut self, points: &mut Points<'_, '_, W>, u: &mut [W], elements: Range<u64>) -> Result<bool>;
 }

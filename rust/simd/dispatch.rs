@@ -303,6 +303,29 @@ pub fn finish_report<E: Element, W: Work>(level: Level, out: &mut [u8], t: &[u8]
     finish_and_report::<E, W>(level, out, t, u)
 }
 stamp!(
+    /// [`kernel::difference_and_report`] as compilers make it.
+    difference_and_report [E: Element, W: Work] (out: &mut [u8], t: &[u8], pair: [&[u8]; 2], c: W) -> Option<Rounding>
+);
+
+/// [`kernel::difference_and_report`] at a level: as [`finish_report`].
+#[allow(unsafe_code)]
+#[inline]
+pub fn difference_report<E: Element, W: Work>(
+    level: Level,
+    out: &mut [u8],
+    t: &[u8],
+    pair: [&[u8]; 2],
+    c: W,
+) -> Option<Rounding> {
+    #[cfg(target_arch = "x86_64")]
+    if TypeId::of::<(E, W)>() == TypeId::of::<(Bf16, f32)>() && level.set() == Set::Avx512 {
+        // SAFETY: a `Level` of this set exists only after every feature named there was detected.
+        let report = unsafe { avx512::difference_report_bf16(out, t, pair, c.to_f64() as f32) };
+        return report.filter(kernel::all_hold::<W>);
+    }
+    difference_and_report::<E, W>(level, out, t, pair, c)
+}
+stamp!(
     /// [`kernel::extent`] at a level.
     extent [W: Work] (x: &[W]) -> Extent<W>
 );
@@ -557,3 +580,57 @@ macro_rules! with_element {
     };
 }
 pub(crate) use with_element;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bf16::F16;
+    use proptest::prelude::*;
+
+    /// That a difference is finished at one go as it is in two steps; `tame` if that must be possible.
+    fn check<E: Element, W: Work>(elements: &[[u32; 3]], c: f64, tame: bool) {
+        let [p, n, t] = [0, 1, 2].map(|i| {
+            let mut bytes = vec![0; elements.len() * E::SIZE];
+            for (bytes, e) in bytes.chunks_exact_mut(E::SIZE).zip(elements) {
+                E::narrow32(f32::from_bits(e[i])).store(bytes);
+            }
+            bytes
+        });
+        for level in Level::available() {
+            let mut u = vec![W::ZERO; elements.len()];
+            difference::<E, W>(level, &mut u, &p, &n, W::from_f64(c), true);
+            let (mut expected, mut out) = (vec![1; t.len()], vec![2; t.len()]);
+            let (in_two, finite) = finish_report::<E, W>(level, &mut expected, &t, &u);
+            let found = difference_report::<E, W>(level, &mut out, &t, [&p, &n], W::from_f64(c));
+            assert!(found.is_some() || !tame, "{}", level.name());
+            if let Some(report) = found {
+                assert!(finite && out == expected, "{}", level.name());
+                let bits = |r: &Rounding| [r.intended, r.realised, r.dot].map(f64::to_bits);
+                assert_eq!(bits(&report), bits(&in_two), "{}", level.name());
+                assert_eq!((report.updated, report.lost), (in_two.updated, in_two.lost));
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_difference_is_finished_as_in_two_steps(
+            elements in prop::collection::vec((any::<[u32; 3]>(), prop::bool::weighted(0.2)), 0..1300),
+            c in prop_oneof![Just(1.0), Just(-1.0), -3.0..3.0],
+            tame in any::<bool>(),
+        ) {
+            // Ordinary weights, or any bits; most elements of the donors are the same.
+            let ordinary = |x: u32| if tame { x & 0x807F_FFFF | (110 + (x >> 23) % 16) << 23 } else { x };
+            let elements: Vec<[u32; 3]> = elements
+                .into_iter()
+                .map(|([p, n, t], moved)| [if moved { p } else { n }, n, t].map(ordinary))
+                .collect();
+            let tame = tame && c.abs() > 1e-3;
+            check::<Bf16, f32>(&elements, c, tame);
+            check::<F16, f32>(&elements, c, tame);
+            check::<f32, f32>(&elements, c, tame);
+            check::<Bf16, f64>(&elements, c, tame);
+            check::<f64, f64>(&elements, c, tame);
+        }
+    }
+}

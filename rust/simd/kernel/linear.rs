@@ -1,5 +1,8 @@
 //! What becomes of a target: widening, scaling, differences, sums, and the one rounding at the end.
 
+use std::marker::PhantomData;
+use std::ops::Range;
+
 use super::measure::{Rounding, add_products, change, dot_again, holds, join};
 use super::{GROUP, LANES, MICRO, elements, filled};
 use crate::bf16::{Element, Work};
@@ -124,25 +127,69 @@ pub fn finish_as<O: Element, W: Work>(out: &mut [u8], t: &[W], u: &[W]) -> bool 
 pub fn finish_and_report<E: Element, W: Work>(out: &mut [u8], t: &[u8], u: &[W]) -> (Rounding, bool) {
     let (report, largest) = finish_pieces::<E, W, false>(out, t, u);
     if largest < W::limit::<E>() {
-        return (report, true);
+        return (settled::<E, W>(report, out, t, u), true);
     }
     // Something is not finite, or does not fit: again, with the rounding that minds it.
     let (report, _) = finish_pieces::<E, W, true>(out, t, u);
-    (report, elements::<E>(out).all(Element::finite))
+    (settled::<E, W>(report, out, t, u), elements::<E>(out).all(Element::finite))
+}
+
+/// [`finish_and_report`] for updates of [`difference`], which are made piece by piece and kept nowhere: to write them and read them again takes
+/// a sixth of a whole `apply`. `None` where something is not finite or does not fit, or a sum does not [hold](holds): `out` is to be made again.
+#[inline(always)]
+pub fn difference_and_report<E: Element, W: Work>(
+    out: &mut [u8],
+    t: &[u8],
+    pair: [&[u8]; 2],
+    c: W,
+) -> Option<Rounding> {
+    let (report, largest) = finish_pieces::<E, W, false>(out, t, Scaled::<E, W> { pair, c, format: PhantomData });
+    (largest < W::limit::<E>() && all_hold::<W>(&report)).then_some(report)
+}
+
+/// Where updates come from.
+trait Updates<W> {
+    /// Some of them, which `room` is long enough for.
+    fn piece<'a>(&'a self, room: &'a mut [W], at: Range<usize>) -> &'a [W];
+}
+
+impl<W> Updates<W> for &[W] {
+    #[inline(always)]
+    fn piece<'a>(&'a self, _room: &'a mut [W], at: Range<usize>) -> &'a [W] {
+        &self[at]
+    }
+}
+
+/// `c * (p - n)` of a pair, in a format.
+struct Scaled<'a, E, W> {
+    pair: [&'a [u8]; 2],
+    c: W,
+    format: PhantomData<E>,
+}
+
+impl<E: Element, W: Work> Updates<W> for Scaled<'_, E, W> {
+    #[inline(always)]
+    fn piece<'a>(&'a self, room: &'a mut [W], at: Range<usize>) -> &'a [W] {
+        let [p, n] = self.pair.map(|x| &x[at.start * E::SIZE..at.end * E::SIZE]);
+        let piece = &mut room[..at.len()];
+        difference::<E, W>(piece, p, n, self.c, true);
+        piece
+    }
 }
 
 #[inline(always)]
 fn finish_pieces<E: Element, W: Work, const MINDFUL: bool>(
     out: &mut [u8],
     t: &[u8],
-    u: &[W],
+    updates: impl Updates<W>,
 ) -> (Rounding, W::Magnitude) {
     let mut largest = W::Magnitude::default();
     let mut lanes = [[0.0; LANES]; 3];
     let (mut updated, mut lost) = (0u32, 0u32);
-    let mut r = [W::ZERO; PIECE];
-    let bytes = out.chunks_mut(PIECE * E::SIZE).zip(t.chunks(PIECE * E::SIZE));
-    for ((out, t), u) in bytes.zip(u.chunks(PIECE)) {
+    let (mut r, mut room) = ([W::ZERO; PIECE], [W::ZERO; PIECE]);
+    for (i, (out, t)) in out.chunks_mut(PIECE * E::SIZE).zip(t.chunks(PIECE * E::SIZE)).enumerate() {
+        let from = i * PIECE;
+        let u = updates.piece(&mut room, from..from + t.len() / E::SIZE);
         let r = &mut r[..u.len()];
         for (((o, t), &u), r) in out.chunks_exact_mut(E::SIZE).zip(elements::<E>(t)).zip(u).zip(r.iter_mut()) {
             let before = W::widen(t);
@@ -175,19 +222,24 @@ fn finish_pieces<E: Element, W: Work, const MINDFUL: bool>(
     }
     let [intended, realised, dot] = lanes.each_ref().map(join);
     let report = Rounding { intended, realised, dot, updated: u64::from(updated), lost: u64::from(lost) };
-    (settled::<E, W>(report, out, t, u), largest)
+    (report, largest)
 }
 
 /// A report whose sums [hold](holds), or are made again.
 #[inline(always)]
 pub fn settled<E: Element, W: Work>(mut report: Rounding, out: &[u8], t: &[u8], u: &[W]) -> Rounding {
-    let Rounding { intended, realised, dot, updated, lost } = report;
-    // Where nothing is updated, or all of it is lost, sums are zero as they should be.
-    let holds = |sum| holds::<W>(sum) || updated == 0;
-    if !(holds(intended) && (updated == lost || holds(realised) && holds(dot))) {
+    if !all_hold::<W>(&report) {
         report_again::<E, W>(&mut report, out, t, u);
     }
     report
+}
+
+/// Whether the sums of a report [hold](holds). Where nothing is updated, or all of it is lost, sums are zero as they should be.
+#[inline(always)]
+pub fn all_hold<W: Work>(report: &Rounding) -> bool {
+    let Rounding { intended, realised, dot, updated, lost } = *report;
+    let holds = |sum| holds::<W>(sum) || updated == 0;
+    holds(intended) && (updated == lost || holds(realised) && holds(dot))
 }
 
 /// The sums of a report that do not [hold](holds).
