@@ -205,7 +205,7 @@ def extract(
     progress: Callable[[int, int], object] | None = None,
 ) -> str:
     """
-    Writes a vector folder from an extract plan; its manifest rows.
+    Writes a vector folder from an extract plan; its manifest.
     """
 
 def is_debug_build() -> bool:

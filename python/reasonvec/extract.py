@@ -17,7 +17,7 @@ from reasonvec.compat.problem import Problem, demand
 from reasonvec.destination import Destination, relative
 from reasonvec.errors import MismatchError
 from reasonvec.folders import VECTOR_CONFIG, CheckpointFolder
-from reasonvec.json_values import Json, read_json
+from reasonvec.json_values import Json, objects_in
 from reasonvec.names import kind_of
 from reasonvec.run import DigestName, RunOptions, settings
 from reasonvec.terms import Operands, leaf_folders, leaf_layout, sum_terms
@@ -206,7 +206,7 @@ def write_vector(
         if (folder / "tokenizer.json").is_file():
             core.copy_whole(folder / "tokenizer.json", made / "tokenizer.json", sync)
         try:
-            rows = json.loads(
+            manifest: Json = json.loads(
                 core.extract(json.dumps(plan), operands.handles, options.get("progress"))
             )
         except BaseException:
@@ -215,10 +215,10 @@ def write_vector(
         if card:
             from reasonvec.card import vector_card
 
-            text = vector_card(read_json(made / VECTOR_CONFIG))
-            core.write_whole(made / "README.md", text.encode(), sync)
+            core.write_whole(made / "README.md", vector_card(manifest).encode(), sync)
+    rows = [Row.of(row) for row in objects_in(manifest, "tensors", out / VECTOR_CONFIG)]
     warnings = [problem for problem in problems if problem.severity == "warning"]
-    return ExtractReport(out, str(vector), [Row.of(row) for row in rows], tested, warnings)
+    return ExtractReport(out, str(vector), rows, tested, warnings)
 
 
 def _renewed(

@@ -86,14 +86,14 @@ mod _reasonvec {
         report(py, &rows)
     }
 
-    /// Writes a vector folder from an extract plan; its manifest rows.
+    /// Writes a vector folder from an extract plan; its manifest.
     #[pyfunction]
     #[pyo3(signature = (plan, operands: "Sequence[Checkpoint | VectorFolder]", progress: "Callable[[int, int], object] | None" = None))]
     fn extract(py: Python<'_>, plan: &str, operands: Vec<Py<PyAny>>, progress: Option<Py<PyAny>>) -> PyResult<String> {
         let plan: vector::extract::ExtractPlan = parse(py, plan)?;
         let operands = opened(py, &operands)?;
-        let rows = enter(py, progress, |control| vector::extract(&plan, Operands(&operands), control))?;
-        report(py, &rows)
+        let manifest = enter(py, progress, |control| vector::extract(&plan, Operands(&operands), control))?;
+        report(py, &manifest)
     }
 
     /// Norms, products, counts and largest elements of quantities, in one pass.

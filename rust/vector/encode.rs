@@ -123,8 +123,13 @@ impl Sample {
             seen.extend(own.map(|(j, &n)| ((i * 64 + j) as u16, n)));
             counts.fill(0);
         }
-        seen.sort_by_key(|&(bits, n)| (std::cmp::Reverse(n), bits));
-        seen.truncate(usize::from(ESCAPE_CODE));
+        let rank = |&(bits, n): &(u16, u32)| (std::cmp::Reverse(n), bits);
+        let kept = usize::from(ESCAPE_CODE);
+        if seen.len() > kept {
+            seen.select_nth_unstable_by_key(kept, rank);
+            seen.truncate(kept);
+        }
+        seen.sort_unstable_by_key(rank);
         seen
     }
 }

@@ -185,12 +185,24 @@ fn prepare(plan: &ExtractPlan, operands: Operands<'_>) -> Result<Vec<Job>> {
     Ok(jobs)
 }
 
+/// What a vector folder says of itself.
+#[derive(Debug, Serialize)]
+pub struct Manifest {
+    format: u32,
+    reasonvec: &'static str,
+    digest: Algorithm,
+    #[serde(flatten)]
+    config: serde_json::Map<String, serde_json::Value>,
+    /// The tensors.
+    pub tensors: Vec<Row>,
+}
+
 /// Writes a vector folder, its manifest last.
 ///
 /// # Errors
 /// [`Error::Mismatch`] before anything is written, if the operands do not fit; then [`Error::Io`], [`Error::NonFinite`], [`Error::Cancelled`]. Nothing half-made
 /// keeps a name.
-pub fn extract(plan: &ExtractPlan, operands: Operands<'_>, control: &Control) -> Result<Vec<Row>> {
+pub fn extract(plan: &ExtractPlan, operands: Operands<'_>, control: &Control) -> Result<Manifest> {
     let level = Level::current()?;
     let mut jobs = prepare(plan, operands)?;
     operands.verify_vectors(&plan.settings, control)?;
@@ -237,17 +249,16 @@ pub fn extract(plan: &ExtractPlan, operands: Operands<'_>, control: &Control) ->
         assembly.discard();
         return Err(e);
     }
-    let rows = assembly.finish()?;
-    let mut config = serde_json::Map::new();
-    config.insert("format".into(), VERSION.into());
-    config.insert("reasonvec".into(), env!("CARGO_PKG_VERSION").into());
-    let json = |e: serde_json::Error| Error::Usage(e.to_string());
-    config.insert("digest".into(), serde_json::to_value(plan.digest).map_err(json)?);
-    config.extend(plan.config.clone());
-    config.insert("tensors".into(), serde_json::to_value(&rows).map_err(json)?);
-    let text = serde_json::to_string_pretty(&config).map_err(json)? + "\n";
+    let manifest = Manifest {
+        format: VERSION,
+        reasonvec: env!("CARGO_PKG_VERSION"),
+        digest: plan.digest,
+        config: plan.config.clone(),
+        tensors: assembly.finish()?,
+    };
+    let text = serde_json::to_string_pretty(&manifest).map_err(|e| Error::Usage(e.to_string()))? + "\n";
     write_whole(&plan.out.join(CONFIG), text.as_bytes(), plan.settings.sync)?;
-    Ok(rows)
+    Ok(manifest)
 }
 
 /// Bytes that a worker holds per block of a tile: bitmap, values with every element escaped, and the buffers of what it reads.

@@ -46,8 +46,9 @@ impl<W: Work> Moved<W> {
         let (values, [p, n]) =
             (&mut self.values[..self.count], self.donors.each_ref().map(|d| d[..self.count].as_flattened()));
         dispatch::difference::<E, W>(level, values, p, n, W::from_f64(1.0), true);
-        let all_moved = values.iter().fold(true, |all, &u| all & (u != W::ZERO));
-        all_moved.then(|| dispatch::rebuilds::<E, W>(level, p, n, values))
+        // What differs and has not moved, a zero of the other sign, does not lead back.
+        let leads_back = dispatch::rebuilds::<E, W>(level, p, n, values);
+        (leads_back || !values.contains(&W::ZERO)).then_some(leads_back)
     }
 
     fn fit(&mut self, elements: usize) {

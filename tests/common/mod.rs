@@ -243,7 +243,7 @@ pub(crate) fn extract_plan(out: &Path, positive: &Checkpoint, encoding: &str, ho
 }
 
 pub(crate) fn extract(plan: &ExtractPlan, operands: &[Operand]) -> Result<Vec<Row>> {
-    extract::extract(plan, Operands(operands), &Control::default())
+    extract::extract(plan, Operands(operands), &Control::default()).map(|manifest| manifest.tensors)
 }
 
 /// A folder with checkpoints `p`, `n` and `t`, opened as operands 0, 1 and 2.

@@ -101,6 +101,8 @@ def _tensor_problems(
 def _pair_problems(
     positive: Layout, ours: TensorInfo, negative: Layout, theirs: TensorInfo
 ) -> Iterator[Problem]:
+    if (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype):
+        return
     here, there = positive.path / ours.file, negative.path / theirs.file
     if ours.shape != theirs.shape:
         advice = (
