@@ -228,7 +228,7 @@ impl Packed {
     }
 }
 
-/// Where the escapes are among codes, in order. One in a hundred is, so eight are looked at at a time: to search for each takes twice as long.
+/// Where the escapes are among codes, in order. One in a hundred is, so eight are looked at at a time: to search for each takes half as long again.
 #[inline(always)]
 fn escaped(codes: &[u8], mut found: impl FnMut(usize)) {
     const LOW: u64 = u64::from_le_bytes([0x7F; 8]);
